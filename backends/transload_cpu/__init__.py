@@ -1,0 +1,1 @@
+"""Transload's cpu backend."""

@@ -1,0 +1,103 @@
+"""What a checkpoint format is: a reader from stored tensors to QTensors, and a writer back.
+
+A reader sees a Source (names, shapes, dtypes, lazy bytes, config.json) and lists its entries from headers alone;
+nothing is read until `decode`. Names are Hugging Face names everywhere outside the format's own file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from transload.errors import CannotHold, FormatError
+from transload.headers import TensorInfo
+from transload.quant import QTensor, QuantSpec
+
+Json = dict[str, object]  # a JSON object as read from a foreign file
+
+
+class Source(Protocol):
+    """The stored side of a checkpoint: one file or a folder of shards, plus its JSON files."""
+
+    path: Path
+    config: Json  # config.json, {} where there is none
+    infos: Mapping[str, TensorInfo]  # every stored tensor, from headers
+
+    def read(self, name: str) -> Tensor:
+        """One stored tensor, whole. GGUF block types come as raw uint8 bytes."""
+
+    def json(self, name: str) -> Json | None:
+        """A JSON object beside the weights, None where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing of a checkpoint under its Hugging Face name.
+
+    A quantized linear: name is the module ("model.layers.0.mlp.up_proj"), spec is set, shape is (N, K) or (E, N, K).
+    A float tensor or buffer: name is the full tensor name ("model.norm.weight"), spec is None.
+    """
+
+    name: str
+    spec: QuantSpec | None
+    shape: tuple[int, ...]
+    tensors: tuple[str, ...]  # the stored tensors it is made of
+    stored_bytes: int
+    dtype: str = ""  # of a float tensor, in safetensors' spelling (BF16, F32, ...)
+
+
+class Format(ABC):
+    """One on-disk format. Instances hold no state; a checkpoint passes its Source in."""
+
+    name: ClassVar[str]
+    container: ClassVar[str] = "safetensors"  # or "gguf", "onnx"
+
+    @abstractmethod
+    def detects(self, source: Source) -> bool:
+        """True when the source is of this format. Formats are asked in the order of formats.FORMATS."""
+
+    @abstractmethod
+    def entries(self, source: Source) -> dict[str, Entry]:
+        """Everything in the source, by entry name, from headers and JSON alone.
+
+        Raises FormatError when shapes, dtypes or configuration contradict each other.
+        """
+
+    @abstractmethod
+    def decode(self, source: Source, entry: Entry) -> QTensor:
+        """The exact numbers of a quantized entry."""
+
+    def read(self, source: Source, entry: Entry) -> Tensor:
+        """A float entry's tensor, under Hugging Face conventions."""
+        return source.read(entry.tensors[0])
+
+    def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
+        """None when `encode` can write such a weight exactly; otherwise the reason, a sentence."""
+        return f"'{self.name}' is read only"
+
+    def encode(self, name: str, w: QTensor) -> dict[str, Tensor]:
+        """The stored tensors, full names, of one quantized module. Only called when `cannot_hold` is None."""
+        raise CannotHold(f"'{self.name}' is read only")
+
+    def finish(self, specs: Mapping[str, QuantSpec], floats: Mapping[str, tuple[int, ...]]) -> dict[str, Json]:
+        """Extra JSON by file name; the object under "config.json" is merged into the model's own.
+
+        specs: every quantized module that was written. floats: the linear modules left in float, with their shapes.
+        """
+        return {}
+
+
+@contextmanager
+def naming(source: Source, entry: Entry) -> Iterator[None]:
+    """Puts file and module in front of a FormatError raised inside (QTensor's checks do not know them)."""
+    try:
+        yield
+    except FormatError as e:
+        file = source.infos[entry.tensors[0]].file if entry.tensors else source.path
+        raise FormatError(f"{file}: {entry.name}: {e}") from e

@@ -1,0 +1,196 @@
+"""The hardware-abstraction layer: what a vendor implements, and how a kernel is chosen.
+
+A backend is found by the entry point group `transload.backends`: a fourth vendor installs a package and touches
+nothing here. A refusal is a sentence: `refuses` returns None for yes, or the reason for no.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from transload.errors import NoBackend, NoKernel, Unsupported
+from transload.quant import QTensor, QuantSpec
+
+ENTRY_POINTS = "transload.backends"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator, or the host. memory and free are bytes; free is what can be had now."""
+
+    backend: str  # the backend's name: cpu, cuda, ascend
+    index: int
+    model: str  # "Intel(R) Xeon(R) Platinum 8481C", "NVIDIA H200", "Ascend910B2"
+    arch: str  # "x86_64 avx512_vnni amx_int8", "sm_90", "910B"
+    memory: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Everything a kernel may look at before it says yes or no: y[M, N] = x[M, K] @ w[N, K].T."""
+
+    n: int
+    k: int
+    spec: QuantSpec
+    x_dtype: torch.dtype = torch.float32
+    m: int | None = None  # rows of x where known
+    experts: int | None = None
+    act_order: bool = False  # the weight has a g_idx
+
+    def __str__(self) -> str:
+        experts = f"{self.experts} experts of " if self.experts else ""
+        order = " act-order" if self.act_order else ""
+        return f"{self.spec.scheme} {self.spec}{order} {experts}[N={self.n}, K={self.k}], x {self.x_dtype}"
+
+    @classmethod
+    def of(cls, w: QTensor, x_dtype: torch.dtype = torch.float32, m: int | None = None) -> Problem:
+        """The problem that a weight poses."""
+        return cls(w.n, w.k, w.spec, x_dtype, m, w.experts, w.g_idx is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A weight in one kernel's own layout. `tensors` is all of it: moving them moves the weight."""
+
+    kernel: str
+    spec: QuantSpec
+    n: int
+    k: int
+    tensors: Mapping[str, Tensor]
+    experts: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed weight occupies."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+class Kernel(ABC):
+    """One way to multiply with quantized weights."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refuses(self, p: Problem, device: Device) -> str | None:
+        """None when the kernel computes `p` on `device` exactly as requested; otherwise the reason, a sentence."""
+
+    @abstractmethod
+    def pack(self, w: QTensor) -> Packed:
+        """The kernel's layout of a weight; pure, on the host, no device needed."""
+
+    @abstractmethod
+    def unpack(self, p: Packed) -> QTensor:
+        """The exact inverse of `pack`."""
+
+    @abstractmethod
+    def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
+        """x [M, K] times w.T plus bias [N]: [M, N] in x's dtype. M = 0 is allowed."""
+
+    def grouped_matmul(self, x: Tensor, w: Packed, counts: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Rows sorted by expert, counts int64 [E] rows each: [M, N]. Optional; a kernel without it refuses experts."""
+        raise Unsupported(f"kernel '{self.name}' has no grouped matmul")
+
+    def executed(self, p: Problem) -> str:
+        """The scheme that really runs (W4A16, W4A8). Override where it differs from the request."""
+        return p.spec.scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What serves models on this vendor's hardware: data for `plan`, `launch` and `serve`."""
+
+    engine: str | None = None  # "vllm", "vllm-ascend"
+    visible_devices: str | None = None  # the environment variable that selects devices
+    formats: tuple[str, ...] = ()  # checkpoint formats that the engine loads
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One vendor. Importing a backend's package must not import the vendor's library."""
+
+    name: str
+    kernels: Sequence[Kernel]  # in order of preference
+    serving: Serving
+
+    def unavailable(self) -> str | None:
+        """None when this machine can run it; otherwise what is missing and how to get it."""
+
+    def devices(self) -> Sequence[Device]:
+        """The devices of this machine, empty when unavailable."""
+
+    def torch_device(self, device: Device) -> torch.device:
+        """Where tensors of `device` live in torch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A kernel and why the ones before it were passed over."""
+
+    kernel: Kernel
+    device: Device
+    passed_over: tuple[tuple[str, str], ...] = field(default=())
+
+
+def choose(backend: Backend, problem: Problem, device: Device) -> Choice:
+    """The first kernel of `backend` that does not refuse `problem`.
+
+    Raises NoKernel listing every refusal.
+    """
+    refusals: list[tuple[str, str]] = []
+    for kernel in backend.kernels:
+        reason = kernel.refuses(problem, device)
+        if reason is None:
+            return Choice(kernel, device, tuple(refusals))
+        refusals.append((kernel.name, reason))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals) or "it has no kernels"
+    raise NoKernel(f"no kernel of backend '{backend.name}' takes {problem}: {reasons}")
+
+
+@cache
+def backends() -> Mapping[str, Backend]:
+    """Every installed backend by name, available or not. A backend that fails to import is an error naming it."""
+    return {point.name: _load(point) for point in entry_points(group=ENTRY_POINTS)}
+
+
+def _load(point: EntryPoint) -> Backend:
+    try:
+        backend = point.load()
+    except Exception as e:
+        raise NoBackend(f"backend '{point.name}' ({point.value}) failed to load: {e}") from e
+    if not isinstance(backend, Backend):
+        raise NoBackend(f"backend '{point.name}' ({point.value}) is not a transload.hal.Backend")
+    return backend
+
+
+def find_device(name: str = "auto") -> tuple[Backend, Device]:
+    """The backend and device of a name: "auto", a backend ("cpu"), or one of its devices ("cuda:1", "npu:0").
+
+    auto takes the first available accelerator, else the CPU. Raises NoBackend with the reason of every backend.
+    """
+    kind, _, index = name.partition(":")
+    kind = {"npu": "ascend"}.get(kind, kind)
+    known = backends()
+    if kind == "auto":
+        candidates = sorted(known.values(), key=lambda b: b.name == "cpu")
+    elif kind in known:
+        candidates = [known[kind]]
+    else:
+        raise NoBackend(f"device '{name}': no backend '{kind}' is installed; there are {', '.join(sorted(known))}")
+    if index and not index.isdigit():
+        raise NoBackend(f"device '{name}': '{index}' is not a device number")
+    reasons = []
+    for backend in candidates:
+        reason, devices = backend.unavailable(), backend.devices()
+        if reason is None and int(index or 0) < len(devices):
+            return backend, devices[int(index or 0)]
+        reasons.append(f"{backend.name}: {reason or f'it has {len(devices)} devices'}")
+    raise NoBackend(f"device '{name}' cannot be used: " + "; ".join(reasons))

@@ -1,0 +1,1 @@
+"""Facts about model families, without torch: dimensions, roles of tensors, fused members."""
