@@ -1,0 +1,84 @@
+"""`transload devices`: what this machine can run, and for what it cannot, why and what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from transload.cli import app
+from transload.cli.show import print_json, size, table
+
+if TYPE_CHECKING:
+    from transload.hal import Backend, Device
+    from transload.quant import QuantSpec
+
+
+@app.command()
+def devices(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Lists every backend: devices, memory, instruction sets, kernels, and what is missing with the remedy."""
+    from transload.hal import backends
+
+    found = [_describe(backend) for _, backend in sorted(backends().items())]
+    if json:
+        print_json(found)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console()
+    for backend in found:
+        console.print(f"[bold]{backend['backend']}[/]", end="  ")
+        if backend["unavailable"]:
+            console.print(f"[yellow]not available[/]: {escape(str(backend['unavailable']))}\n")
+            continue
+        console.print("[green]available[/]")
+        for device in backend["devices"]:
+            memory = f"{size(device['memory'])}, {size(device['free'])} free"
+            console.print(
+                f"  {backend['backend']}:{device['index']}  {device['model']}  [dim]{device['arch']}[/]  {memory}"
+            )
+            header = (
+                ["kernel", *(str(p["problem"]) for p in device["kernels"][0]["problems"])] if device["kernels"] else []
+            )
+            rows = [
+                [k["kernel"], *("yes" if p["refusal"] is None else "-" for p in k["problems"])]
+                for k in device["kernels"]
+            ]
+            console.print(table(header, rows))
+        console.print()
+
+
+def _describe(backend: Backend) -> dict[str, object]:
+    reason = backend.unavailable()
+    found = [] if reason else [_describe_device(backend, device) for device in backend.devices()]
+    return {"backend": backend.name, "unavailable": reason, "devices": found}
+
+
+def _describe_device(backend: Backend, device: Device) -> dict[str, object]:
+    from transload.hal import Problem
+
+    kernels = []
+    for kernel in backend.kernels:
+        asked = [(name, Problem(4096, 4096, spec, experts=experts)) for name, spec, experts in _probes()]
+        problems = [{"problem": name, "refusal": kernel.refuses(p, device)} for name, p in asked]
+        kernels.append({"kernel": kernel.name, "problems": problems})
+    fields = ("index", "model", "arch", "memory", "free")
+    return {**{f: getattr(device, f) for f in fields}, "kernels": kernels}
+
+
+def _probes() -> list[tuple[str, QuantSpec, int | None]]:
+    """The schemes that people ask for, to show which kernel takes which."""
+    from transload.quant import PER_CHANNEL, ActSpec, QuantSpec, Zero
+
+    group, token = ActSpec(group_size=128), ActSpec()
+    return [
+        ("W4A16 g128", QuantSpec(4, 128), None),
+        ("W4A16 g32 mins", QuantSpec(4, 32, zero=Zero.MINS), None),
+        ("W8A16 g32", QuantSpec(8, 32), None),
+        ("W4A8 g128", QuantSpec(4, 128, act=group), None),
+        ("W4A8 per token", QuantSpec(4, 128, act=token), None),
+        ("W8A8 per token", QuantSpec(8, PER_CHANNEL, act=token), None),
+        ("MoE W4A16", QuantSpec(4, 128), 8),
+        ("MoE W4A8", QuantSpec(4, 128, act=group), 8),
+    ]
