@@ -19,6 +19,8 @@ from transload.bits import unpack
 from transload.errors import FormatError
 from transload.quant import Grid, QTensor, QuantSpec, Zero
 
+SLAB = 1 << 20  # values decoded at a time
+
 Parts = tuple[Tensor, Tensor, Tensor | None]  # codes [R, B, elems], scales [R, B, groups], mins like scales or None
 
 
@@ -44,15 +46,31 @@ def decode_blocks(ggml_type: str, raw: Tensor, k: int) -> QTensor:
     row_bytes = k // block.elems * block.nbytes
     if raw.numel() % row_bytes:
         raise FormatError(f"{raw.numel()} bytes are not whole rows of {row_bytes} bytes ({ggml_type}, K={k})")
-    rows = raw.reshape(-1, k // block.elems, block.nbytes)
-    codes, scales, mins = block.decode(rows)
-    lead = (len(rows),) if raw.dim() == 1 else tuple(raw.shape[:-1])
+    lead = (raw.numel() // row_bytes,) if raw.dim() == 1 else tuple(raw.shape[:-1])
+    codes, scales, mins = _decode_rows(block, raw.reshape(-1, k // block.elems, block.nbytes), k)
     return QTensor(
         block.spec,
-        codes.reshape(*lead, k).contiguous(),
-        scales.reshape(*lead, -1).contiguous(),
-        mins=None if mins is None else mins.reshape(*lead, -1).contiguous(),
+        codes.reshape(*lead, k),
+        scales.reshape(*lead, -1),
+        mins=None if mins is None else mins.reshape(*lead, -1),
     )
+
+
+def _decode_rows(block: Block, rows: Tensor, k: int) -> Parts:
+    """codes [R, K], scales and mins [R, G], decoded slab by slab so that the temporaries stay in the cache."""
+    groups, dtype = k // block.spec.group_size, block.spec.scale_dtype
+    codes = torch.empty(len(rows), k, dtype=torch.uint8)
+    scales = torch.empty(len(rows), groups, dtype=dtype)
+    mins = torch.empty(len(rows), groups, dtype=dtype) if block.spec.zero is Zero.MINS else None
+    step = max(1, SLAB // k)
+    for start in range(0, len(rows), step):
+        slab = slice(start, start + step)
+        c, s, m = block.decode(rows[slab])
+        codes[slab] = c.reshape(-1, k)
+        scales[slab] = s.reshape(-1, groups)
+        if mins is not None and m is not None:
+            mins[slab] = m.reshape(-1, groups)
+    return codes, scales, mins
 
 
 def block_of(ggml_type: str) -> Block:
