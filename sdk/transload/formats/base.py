@@ -28,6 +28,7 @@ class Source(Protocol):
     path: Path
     config: Json  # config.json, {} where there is none
     infos: Mapping[str, TensorInfo]  # every stored tensor, from headers
+    container: str  # "safetensors" or "gguf"; only formats of the same container are asked
 
     def read(self, name: str) -> Tensor:
         """One stored tensor, whole. GGUF block types come as raw uint8 bytes."""

@@ -1,4 +1,4 @@
-"""Tensor headers without weights and without torch: names, dtypes, shapes and byte ranges of a checkpoint."""
+"""Where one stored tensor lies, and how names from foreign files are shown in messages."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.end - self.start
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """A value from a file, fit for a message: one printable line of at most `limit` characters and quotes."""
+    text = value[: limit + 1] if isinstance(value, str) else repr(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return "'" + (text if len(text) <= limit else text[: limit - 3] + "...") + "'"
