@@ -48,7 +48,7 @@ class Problem:
 
     def __str__(self) -> str:
         experts = f"{self.experts} experts of " if self.experts else ""
-        order = " act-order" if self.act_order else ""
+        order = " act-order" if self.act_order and not self.spec.act_order else ""
         return f"{self.spec.scheme} {self.spec}{order} {experts}[N={self.n}, K={self.k}], x {self.x_dtype}"
 
     @classmethod

@@ -97,6 +97,7 @@ class QuantSpec:
 
     bits: width of a code, 2 to 8. group_size: neighbouring K that share a scale, -1 = the whole row.
     scale_dtype: dtype of scales, and of float zeros and mins. act: None = 16-bit activations (W4A16).
+    act_order: the groups of K are given by a g_idx, not by position; a writer that has no g_idx refuses it.
     """
 
     bits: int
@@ -105,6 +106,7 @@ class QuantSpec:
     zero: Zero = Zero.MIDPOINT
     scale_dtype: torch.dtype = torch.float32
     act: ActSpec | None = None
+    act_order: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -144,7 +146,8 @@ class QuantSpec:
         group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
         zero = {Zero.NONE: "", Zero.MIDPOINT: " sym", Zero.CODES: " asym"}.get(self.zero, f" {self.zero.value}")
         dtype = str(self.scale_dtype).removeprefix("torch.")
-        return f"{grid}{self.bits} {group}{zero} {dtype}" + (f" + {self.act}" if self.act else "")
+        order = " act-order" if self.act_order else ""
+        return f"{grid}{self.bits} {group}{zero}{order} {dtype}" + (f" + {self.act}" if self.act else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,6 +175,8 @@ class QTensor:
         _check_side("mins", self.mins, self.spec.scale_dtype if self.spec.zero is Zero.MINS else None, self)
         if self.g_idx is not None:
             _check_g_idx(self.g_idx, self)
+        elif self.spec.act_order:
+            raise FormatError("g_idx missing, but the spec says act-order")
 
     @property
     def n(self) -> int:

@@ -7,7 +7,7 @@ nothing is read until `decode`. Names are Hugging Face names everywhere outside 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +90,13 @@ class Format(ABC):
         """Extra JSON by file name; the object under "config.json" is merged into the model's own.
 
         specs: every quantized module that was written. floats: the linear modules left in float, with their shapes.
+        """
+        return {}
+
+    def describe(self, specs: Mapping[str, QuantSpec], carried: Sequence[str]) -> dict[str, Json]:
+        """Extra JSON by file name that must list every stored tensor (msModelSlim's description file).
+
+        specs: every quantized module that was written. carried: full names of the float tensors and buffers copied.
         """
         return {}
 
