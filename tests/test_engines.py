@@ -23,7 +23,7 @@ RUNS = [
 
 REFUSED = [
     (VLLM_CUDA, "gptq", Layer(ASYM), "midpoint zero points, not codes"),
-    (VLLM_CUDA, "gptq", Layer(SYM, act_order=True), "no act-order"),
+    (VLLM_CUDA, "gptq", Layer(QuantSpec(4, 128, act_order=True)), "no act-order"),
     (VLLM_CUDA, "gptq", Layer(QuantSpec(3, 128)), "4 or 8 bits, not 3"),
     (VLLM_CUDA, "gguf", Layer(SYM), "not gguf"),
     (VLLM_CUDA, "bitsandbytes", Layer(QuantSpec(4, 64, Grid.NF4, Zero.NONE)), "not bitsandbytes"),

@@ -21,7 +21,6 @@ class Layer:
 
     spec: QuantSpec
     experts: bool = False  # a routed expert of a mixture of experts
-    act_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Rule:
                 f"group size {_list(self.groups)}, not {spec.group_size}",
             ),
             (spec.zero in self.zeros, f"{_list(z.value for z in self.zeros)} zero points, not {spec.zero.value}"),
-            (not layer.act_order, "no act-order (g_idx)"),
+            (not spec.act_order, "no act-order (g_idx)"),
         )
         return [reason for good, reason in checks if not good]
 

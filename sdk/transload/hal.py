@@ -44,17 +44,15 @@ class Problem:
     x_dtype: torch.dtype = torch.float32
     m: int | None = None  # rows of x where known
     experts: int | None = None
-    act_order: bool = False  # the weight has a g_idx
 
     def __str__(self) -> str:
         experts = f"{self.experts} experts of " if self.experts else ""
-        order = " act-order" if self.act_order and not self.spec.act_order else ""
-        return f"{self.spec.scheme} {self.spec}{order} {experts}[N={self.n}, K={self.k}], x {self.x_dtype}"
+        return f"{self.spec.scheme} {self.spec} {experts}[N={self.n}, K={self.k}], x {self.x_dtype}"
 
     @classmethod
     def of(cls, w: QTensor, x_dtype: torch.dtype = torch.float32, m: int | None = None) -> Problem:
         """The problem that a weight poses."""
-        return cls(w.n, w.k, w.spec, x_dtype, m, w.experts, w.g_idx is not None)
+        return cls(w.n, w.k, w.spec, x_dtype, m, w.experts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

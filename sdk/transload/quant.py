@@ -175,8 +175,10 @@ class QTensor:
         _check_side("mins", self.mins, self.spec.scale_dtype if self.spec.zero is Zero.MINS else None, self)
         if self.g_idx is not None:
             _check_g_idx(self.g_idx, self)
-        elif self.spec.act_order:
-            raise FormatError("g_idx missing, but the spec says act-order")
+        if self.spec.act_order != (self.g_idx is not None):
+            raise FormatError(
+                f"g_idx {'missing' if self.g_idx is None else 'given'}, but act_order is {self.spec.act_order}"
+            )
 
     @property
     def n(self) -> int:
