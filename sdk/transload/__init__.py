@@ -11,8 +11,10 @@ from importlib import import_module
 _HOMES = {
     "TransloadError": "transload.errors",
     "ActSpec": "transload.quant",
+    "Checkpoint": "transload.checkpoint",
     "QTensor": "transload.quant",
     "QuantSpec": "transload.quant",
+    "open": "transload.checkpoint",
 }
 
 __all__ = sorted(_HOMES)

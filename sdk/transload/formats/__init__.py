@@ -1,1 +1,35 @@
 """One file a checkpoint format. The only place that knows a format's private names."""
+
+from __future__ import annotations
+
+import torch
+
+from transload.errors import ConfigError
+from transload.formats.base import Entry, Format, Json, Source
+from transload.formats.neutral import Neutral
+from transload.formats.plain import Plain
+
+# The order of detection: formats that say their name first, plain last because it is what declares nothing.
+FORMATS: tuple[Format, ...] = (
+    Neutral(),
+    Plain(),
+)
+
+_PLAIN_TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def find_format(name: str) -> Format:
+    """The format of a name, to write or to ask: one of FORMATS, or "bf16", "fp16", "fp32" for plain floats.
+
+    Raises ConfigError listing the names.
+    """
+    if name in _PLAIN_TARGETS:
+        return Plain(_PLAIN_TARGETS[name])
+    for known in FORMATS:
+        if known.name == name:
+            return known
+    names = ", ".join([f.name for f in FORMATS] + list(_PLAIN_TARGETS))
+    raise ConfigError(f"no format '{name}'; there are {names}")
+
+
+__all__ = ["FORMATS", "Entry", "Format", "Json", "Source", "find_format"]

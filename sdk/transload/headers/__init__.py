@@ -4,7 +4,7 @@ Every reader here is strict (what it returns lies inside the file, overlaps noth
 and shape ask for) and bounded (memory follows the header's real size, never a number written in it).
 """
 
-from transload.headers.folder import find_index, read_headers
+from transload.headers.folder import checkpoint_files, find_index, is_gguf, read_headers
 from transload.headers.gguf import GgufHeader, GgufMetadata, read_gguf_header
 from transload.headers.info import TensorInfo
 from transload.headers.jsonfile import read_json
@@ -15,7 +15,9 @@ __all__ = [
     "GgufHeader",
     "GgufMetadata",
     "TensorInfo",
+    "checkpoint_files",
     "find_index",
+    "is_gguf",
     "read_gguf_header",
     "read_headers",
     "read_json",

@@ -28,7 +28,7 @@ class Cursor:
         start = self.position
         if count > self.left():
             raise FormatError(
-                f"{self.where}: {what} takes {count} bytes at {start}, but the file has {len(self.data)} bytes: truncated"
+                f"{self.where}: {what} takes {count} bytes at {start}; the file has {len(self.data)} bytes: truncated"
             )
         self.position = start + count
         return start

@@ -15,19 +15,40 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 
 def read_headers(path: str | Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint by name: a .safetensors file, a .gguf file, or a folder.
+    """Every tensor of a checkpoint by name: a .safetensors file, a .gguf file, or a folder of them.
+
+    Raises FormatError for what `checkpoint_files` refuses, index entries for tensors that the shard lacks, and tensors
+    that lie in two shards.
+    """
+    path = Path(path)
+    files = checkpoint_files(path)
+    if is_gguf(files[0]):
+        return read_gguf_header(files[0]).tensors
+    infos = _merged(files)
+    index = find_index(path) if path.is_dir() else None
+    if index is not None:
+        _check_index(index, infos)
+    return infos
+
+
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """The weight files of a checkpoint: the file itself or, in a folder, every shard; at least one.
 
     In a folder the index decides which shards belong (model.safetensors.index.json, or the only other
     *.safetensors.index.json); without one it is model.safetensors alone, else every *.safetensors file, else the only
-    .gguf file. Raises FormatError for missing shards, index entries that point outside the folder or at tensors that
-    the shard lacks, and tensors that lie in two shards.
+    .gguf file. Raises FormatError when nothing is there, when shards are missing, and when an index entry points
+    outside the folder.
     """
     path = Path(path)
-    if path.is_dir():
-        return _folder(path)
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file or folder")
-    return read_gguf_header(path).tensors if is_gguf(path) else read_safetensors_header(path)[0]
+    try:
+        if path.is_dir():
+            index = find_index(path)
+            return _weight_files(path) if index is None else _shards(index, _weight_map(index))
+        if path.is_file():
+            return [path]
+    except OSError as e:
+        raise FormatError(f"{path}: cannot be read: {e.strerror or e}") from e
+    raise FormatError(f"{path}: no such file or folder")
 
 
 def is_gguf(path: Path) -> bool:
@@ -53,29 +74,24 @@ def find_index(folder: Path) -> Path | None:
     return others[0] if others else None
 
 
-def _folder(folder: Path) -> dict[str, TensorInfo]:
-    try:
-        index = find_index(folder)
-        if index is not None:
-            return _indexed(folder, index)
-        files = sorted(folder.glob("*.safetensors"))
-        ggufs = sorted(folder.glob("*.gguf"))
-    except OSError as e:
-        raise FormatError(f"{folder}: cannot be read: {e.strerror or e}") from e
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder without an index."""
+    files = sorted(folder.glob("*.safetensors"))
+    ggufs = sorted(folder.glob("*.gguf"))
     if folder / MAIN_FILE in files:
-        return read_safetensors_header(folder / MAIN_FILE)[0]
+        return [folder / MAIN_FILE]
     if files:
-        return _merged(files)
-    if len(ggufs) == 1:
-        return read_gguf_header(ggufs[0]).tensors
-    if ggufs:
+        return files
+    if len(ggufs) > 1:
         names = ", ".join(p.name for p in ggufs[:5])
         raise FormatError(f"{folder}: {len(ggufs)} GGUF files ({names}): give the path of one of them")
-    raise FormatError(f"{folder}: no .safetensors and no .gguf file" + _pickle_advice(folder))
+    if not ggufs:
+        raise FormatError(f"{folder}: no .safetensors and no .gguf file" + _pickle_advice(folder))
+    return ggufs
 
 
-def _indexed(folder: Path, index: Path) -> dict[str, TensorInfo]:
-    """The tensors of an index's shards, after checking that the index tells the truth about them."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """The index's map from tensor to shard, every shard a plain file name."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map is {shown(weight_map)}, expected an object from tensor to file name")
@@ -84,18 +100,26 @@ def _indexed(folder: Path, index: Path) -> dict[str, TensorInfo]:
             raise FormatError(
                 f"{index}: tensor {shown(name)} is in {shown(shard)}, expected a file name in this folder"
             )
-    shards = sorted(set(weight_map.values()))
-    missing = [s for s in shards if not (folder / s).is_file()]
+    return weight_map
+
+
+def _shards(index: Path, weight_map: dict[str, str]) -> list[Path]:
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise FormatError(f"{folder}: {len(missing)} of {len(shards)} shards named by {index.name} are missing: {some}")
-    infos = _merged([folder / s for s in shards])
-    for name, shard in weight_map.items():
+        raise FormatError(
+            f"{index.parent}: {len(missing)} of {len(names)} shards named by {index.name} are missing: {some}"
+        )
+    return [index.parent / name for name in names]
+
+
+def _check_index(index: Path, infos: dict[str, TensorInfo]) -> None:
+    for name, shard in _weight_map(index).items():
         found = infos.get(name)
         if found is None or found.file.name != shard:
             place = "in no shard" if found is None else f"in {found.file.name}"
             raise FormatError(f"{index}: tensor {shown(name)} should be in {shard}, but is {place}")
-    return infos
 
 
 def _is_plain_name(name: str) -> bool:
