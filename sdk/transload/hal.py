@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar, Protocol, runtime_checkable
@@ -88,6 +88,10 @@ class Kernel(ABC):
     @abstractmethod
     def unpack(self, p: Packed) -> QTensor:
         """The exact inverse of `pack`."""
+
+    def place(self, p: Packed, device: torch.device) -> Packed:
+        """`p` where `matmul` reads it. Override where a device keeps weights in a form that only it can make."""
+        return replace(p, tensors={name: t.to(device) for name, t in p.tensors.items()})
 
     @abstractmethod
     def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
