@@ -38,7 +38,7 @@ class Checkpoint:
     def __init__(self, source: Source, format: Format) -> None:
         self.source, self.format = source, format
         self.path: Path = source.path
-        self.config: Json = source.config
+        self.config: Json = format.config(source)
         self.entries: dict[str, Entry] = format.entries(source)
 
     def __contains__(self, name: object) -> bool:

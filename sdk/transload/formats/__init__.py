@@ -6,12 +6,17 @@ import torch
 
 from transload.errors import ConfigError
 from transload.formats.base import Entry, Format, Json, Source
+from transload.formats.gguf import Gguf
+from transload.formats.gptq import Gptq, GptqV2
 from transload.formats.neutral import Neutral
 from transload.formats.plain import Plain
 
 # The order of detection: formats that say their name first, plain last because it is what declares nothing.
 FORMATS: tuple[Format, ...] = (
+    Gguf(),
     Neutral(),
+    Gptq(),
+    GptqV2(),
     Plain(),
 )
 

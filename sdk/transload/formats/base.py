@@ -63,6 +63,14 @@ class Format(ABC):
     def detects(self, source: Source) -> bool:
         """True when the source is of this format. Formats are asked in the order of formats.FORMATS."""
 
+    def config(self, source: Source) -> Json:
+        """config.json of the model, as Hugging Face has it."""
+        return source.config
+
+    def files(self, source: Source) -> dict[str, bytes]:
+        """Files that lie inside this container and beside the weights elsewhere: tokenizer, generation settings."""
+        return {}
+
     @abstractmethod
     def entries(self, source: Source) -> dict[str, Entry]:
         """Everything in the source, by entry name, from headers and JSON alone.
