@@ -27,12 +27,12 @@ def pack(codes: Tensor, bits: int, word: torch.dtype = torch.uint8) -> Tensor:
     if 8 % bits == 0:
         lanes = 8 // bits
         codes = _padded(codes, size * lanes)
-        out = codes[..., 0::lanes].clone()
+        out = codes[..., 0::lanes].clone(memory_format=torch.contiguous_format)
         for lane in range(1, lanes):
             out |= codes[..., lane::lanes] << (bits * lane)
     else:
         out = _pack_eights(codes, bits)
-        out = _padded(out, max(size, out.shape[-1]))[..., :size].contiguous()
+        out = _padded(out, max(size, out.shape[-1]))[..., :size].clone(memory_format=torch.contiguous_format)
     return out.view(word)
 
 

@@ -291,8 +291,12 @@ def _check_side(name: str, t: Tensor | None, dtype: torch.dtype | None, w: QTens
     shape = (*w.codes.shape[:-1], w.spec.groups(w.k))
     if t.dtype != dtype or tuple(t.shape) != shape:
         raise FormatError(f"{name} are {t.dtype} {tuple(t.shape)}, expected {dtype} {shape} for {w.spec} and K={w.k}")
-    if t.is_floating_point() and not t.is_meta and not bool(torch.isfinite(t).all()):
+    if t.is_meta or t.numel() == 0:
+        return
+    if t.is_floating_point() and not bool(torch.isfinite(t).all()):
         raise FormatError(f"{name} contain NaN or infinity")
+    if t.dtype == torch.uint8 and int(t.max()) >= 1 << w.spec.bits:
+        raise FormatError(f"{name} reach {int(t.max())}, which does not fit {w.spec.bits} bits")
 
 
 def _check_g_idx(g_idx: Tensor, w: QTensor) -> None:
