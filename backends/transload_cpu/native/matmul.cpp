@@ -1,0 +1,242 @@
+// The driver of every product: checks the call, quantizes the activations, and shares panels and rows among threads.
+//
+// Rows are cut into tiles, tiles of one expert are gathered into bands that fit the L2 cache, and panels into chunks.
+// A work item is one band times one chunk; threads take items as they finish (a busy core takes fewer).
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "isa.h"
+
+namespace transload {
+namespace {
+
+constexpr int64_t kItemsPerThread = 8;          // enough to even out a core that is slowed down
+constexpr int64_t kSerialBytes = 32 << 10;      // weights below this are not worth waking a second thread
+constexpr size_t kKeptBytes = size_t(64) << 20; // larger scratch memory is given back after the call
+
+// Memory of the calling thread, kept between calls.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+
+  uint8_t *reserve(size_t bytes) {
+    if (bytes > size_) {
+      std::free(memory_);
+      size_ = 0;
+      memory_ = static_cast<uint8_t *>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+      if (memory_ == nullptr) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return memory_;
+  }
+
+  void release_large() {
+    if (size_ <= kKeptBytes) return;
+    std::free(memory_);
+    memory_ = nullptr;
+    size_ = 0;
+  }
+
+ private:
+  uint8_t *memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+int this_thread() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Some rows of one expert: a tile of quantized activations, or a run of tiles.
+struct Rows {
+  int64_t expert, first, tokens;
+};
+
+struct Band {
+  int64_t first_tile, tiles;
+};
+
+struct Work {
+  const tl_product *call;
+  const Isa *isa;
+  Plan plan;
+  std::vector<Rows> tiles;
+  std::vector<int> tile_rows;  // of every tile, rows in use
+  std::vector<Band> bands;
+  int64_t chunk, chunks;  // panels per chunk, chunks per band
+  int threads;
+  int8_t *q;              // all tiles, one after the other
+  float *scale, *moment;
+  int32_t *sum;
+  uint8_t *row_memory;    // per thread: float [kp], int8 [2 * kp]
+  float *out;             // per thread: [rows of the largest band][32]
+  int64_t out_floats;
+
+  Tile tile(int64_t index) const { return tile_after(plan, {q, scale, sum, moment}, index); }
+  int64_t tokens_per_tile() const { return plan.split ? plan.rows / 2 : plan.rows; }
+};
+
+void cut_rows(Work &w) {
+  const int64_t experts = w.plan.weight->geometry.experts, most = w.tokens_per_tile();
+  const int64_t per_band = std::max<int64_t>(1, w.isa->band_bytes / tile_values(w.plan));
+  int64_t row = 0;
+  for (int64_t e = 0; e < experts; e++) {
+    const int64_t end = row + (w.call->counts ? w.call->counts[e] : w.call->m);
+    const auto first = static_cast<int64_t>(w.tiles.size());
+    for (; row < end; row += most) {
+      const int64_t tokens = std::min(most, end - row);
+      w.tiles.push_back({e, row, tokens});
+      w.tile_rows.push_back(static_cast<int>(w.plan.split ? 2 * tokens : tokens));
+    }
+    row = end;
+    const auto last = static_cast<int64_t>(w.tiles.size());
+    for (int64_t t = first; t < last; t += per_band) w.bands.push_back({t, std::min(per_band, last - t)});
+  }
+}
+
+void cut_panels(Work &w) {
+  const Layout &weight = *w.plan.weight;
+  const auto bands = static_cast<int64_t>(w.bands.size());
+  if (weight.panel_codes * weight.panels * bands < kSerialBytes) w.threads = 1;
+  const int64_t visits = weight.panels * bands;
+  w.chunk = std::clamp<int64_t>(visits / (w.threads * kItemsPerThread), 1, weight.panels);
+  w.chunks = (weight.panels + w.chunk - 1) / w.chunk;
+}
+
+void reserve_memory(Work &w, Scratch &scratch) {
+  const auto tiles = static_cast<size_t>(w.tiles.size());
+  const auto up = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+  const size_t values = up(tiles * static_cast<size_t>(tile_values(w.plan)));
+  const size_t sides = up(tiles * static_cast<size_t>(tile_sides(w.plan)) * 4);
+  const size_t rows = static_cast<size_t>(w.plan.weight->kp) * 6 * static_cast<size_t>(w.threads);
+  int64_t most_tiles = 0;
+  for (const Band &band : w.bands) most_tiles = std::max(most_tiles, band.tiles);
+  w.out_floats = most_tiles * w.plan.rows * kPanel;
+  const size_t out = static_cast<size_t>(w.out_floats) * 4 * static_cast<size_t>(w.threads);
+  uint8_t *at = scratch.reserve(values + 3 * sides + out + up(rows));
+  w.q = reinterpret_cast<int8_t *>(at);
+  w.scale = reinterpret_cast<float *>(at + values);
+  w.moment = reinterpret_cast<float *>(at + values + sides);
+  w.sum = reinterpret_cast<int32_t *>(at + values + 2 * sides);
+  w.out = reinterpret_cast<float *>(at + values + 3 * sides);
+  w.row_memory = at + values + 3 * sides + out;
+}
+
+const int32_t *order_of(const Work &w) {
+  const Layout &weight = *w.plan.weight;
+  const auto *base = static_cast<const uint8_t *>(w.call->packed);
+  return weight.geometry.act_order ? reinterpret_cast<const int32_t *>(base + weight.order_at) : nullptr;
+}
+
+// Quantizes one token. Slots count places in tiles; a tile that is not full leaves its last slots empty.
+void quantize_slot(const Work &w, int64_t slot) {
+  const Layout &weight = *w.plan.weight;
+  const int64_t index = slot / w.tokens_per_tile(), i = slot % w.tokens_per_tile();
+  const Rows rows = w.tiles[static_cast<size_t>(index)];
+  if (i >= rows.tokens) return;
+  uint8_t *memory = w.row_memory + this_thread() * weight.kp * 6;
+  auto *floats = reinterpret_cast<float *>(memory);
+  auto *bytes = reinterpret_cast<int8_t *>(memory + weight.kp * 4);
+  const int64_t row_bytes = w.call->x_stride * dtype_bytes(w.call->x_dtype);
+  const auto *x = static_cast<const uint8_t *>(w.call->x) + (rows.first + i) * row_bytes;
+  w.isa->read_row(x, w.call->x_dtype, weight.geometry.k, weight.kp, order_of(w), floats);
+  w.isa->quantize_row(w.plan, floats, static_cast<int>(w.plan.split ? 2 * i : i), bytes, w.tile(index));
+}
+
+void multiply_item(const Work &w, int64_t item) {
+  const Layout &weight = *w.plan.weight;
+  const Band band = w.bands[static_cast<size_t>(item / w.chunks)];
+  const Rows &head = w.tiles[static_cast<size_t>(band.first_tile)];
+  const Rows &tail = w.tiles[static_cast<size_t>(band.first_tile + band.tiles - 1)];
+  const int64_t tokens = tail.first + tail.tokens - head.first, n = weight.geometry.n;
+  const TileRun run{w.tile(band.first_tile), w.tile_rows.data() + band.first_tile, static_cast<int>(band.tiles)};
+  float *out = w.out + this_thread() * w.out_floats;
+  const int64_t first = item % w.chunks * w.chunk, last = std::min(first + w.chunk, weight.panels);
+  for (int64_t panel = first; panel < last; panel++) {
+    const int64_t column = panel * kPanel;
+    const int outputs = static_cast<int>(std::min<int64_t>(kPanel, n - column));
+    const float *bias = w.call->bias ? w.call->bias + head.expert * n + column : nullptr;
+    w.isa->multiply(w.plan, panel_at(weight, w.call->packed, head.expert, panel), run, out);
+    for (int64_t i = 0; i < tokens; i++)
+      w.isa->store_row(out + i * kPanel, bias, outputs, w.call->y, (head.first + i) * n + column, w.call->x_dtype);
+  }
+}
+
+void run(const Work &w) {
+  const int64_t slots = static_cast<int64_t>(w.tiles.size()) * w.tokens_per_tile();
+  const int64_t items = static_cast<int64_t>(w.bands.size()) * w.chunks;
+#pragma omp parallel num_threads(w.threads)
+  {
+    if (w.isa->enter) w.isa->enter();
+#pragma omp for schedule(static)
+    for (int64_t slot = 0; slot < slots; slot++) quantize_slot(w, slot);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < items; item++) multiply_item(w, item);
+    if (w.isa->leave) w.isa->leave();
+  }
+}
+
+// Rows of x are at most what 63 bits can address, and counts add up to m.
+bool valid(const tl_product &c, const Layout &w) {
+  if (c.m < 0 || (c.m > 0 && (!c.x || !c.y)) || c.threads < 1 || c.x_dtype < TL_FLOAT32 || c.x_dtype > TL_FLOAT16) return false;
+  if ((c.act_bits != 8 && c.act_bits != 16) || (c.m > 1 && c.x_stride < w.geometry.k)) return false;
+  if (!c.counts) return w.geometry.experts == 1;
+  int64_t rows = 0;
+  for (int64_t e = 0; e < w.geometry.experts; e++) {
+    if (c.counts[e] < 0 || c.counts[e] > c.m - rows) return false;
+    rows += c.counts[e];
+  }
+  return rows == c.m;
+}
+
+// The most rows that one expert has: what decides the size of a tile, so that a single row does not sit in one of twelve.
+int64_t most_rows(const tl_product &c, const Plan &p) {
+  const int64_t experts = p.weight->geometry.experts;
+  return (c.counts ? *std::max_element(c.counts, c.counts + experts) : c.m) * (p.split ? 2 : 1);
+}
+
+tl_status matmul(const tl_product &call) {
+  Layout layout;
+  const tl_status status = read_header(call.packed, call.packed_bytes, &layout);
+  if (status != TL_OK) return status;
+  if (!valid(call, layout)) return TL_BAD_ARGUMENT;
+  Work w{};
+  w.call = &call;
+  if (!plan_of(layout, call.act_bits, call.act_group, &w.plan)) return TL_BAD_ARGUMENT;
+  const int64_t rows = most_rows(call, w.plan);
+  w.isa = find_isa(call.isa, w.plan, rows);
+  if (w.isa == nullptr) return TL_UNSUPPORTED_CPU;
+  if (call.m == 0) return TL_OK;
+  const int64_t step = w.isa->row_step;
+  w.plan.rows = static_cast<int>(std::min<int64_t>((rows + step - 1) / step * step, w.isa->most_rows));
+  w.plan.chunk = w.isa->chunk;
+  w.threads = call.threads;
+  static thread_local Scratch scratch;
+  cut_rows(w);
+  cut_panels(w);
+  reserve_memory(w, scratch);
+  run(w);
+  scratch.release_large();
+  return TL_OK;
+}
+
+}  // namespace
+}  // namespace transload
+
+extern "C" int32_t tl_matmul(const tl_product *product) {
+  if (product == nullptr) return TL_BAD_ARGUMENT;
+  try {
+    return transload::matmul(*product);
+  } catch (const std::bad_alloc &) {
+    return TL_OUT_OF_MEMORY;
+  }
+}

@@ -1,0 +1,207 @@
+// Packing, its exact inverse, and dequantization. The layout is drawn in layout.h.
+#include <algorithm>
+#include <cstring>
+
+#include "floats.h"
+#include "layout.h"
+
+namespace transload {
+namespace {
+
+// A packed weight with mutable sections.
+struct Sections {
+  uint8_t *codes, *scales, *zeros;
+};
+
+Sections sections_at(const Layout &l, void *packed, int64_t expert, int64_t panel) {
+  const Panel p = panel_at(l, packed, expert, panel);
+  return {const_cast<uint8_t *>(p.codes), const_cast<uint8_t *>(p.scales), const_cast<uint8_t *>(p.zeros)};
+}
+
+// Eight codes of one output, as the dwords of the packed rows.
+struct Eight {
+  uint32_t low, high;  // bits = 4: low holds all eight; bits = 8: inputs 0..3 and 4..7
+};
+
+Eight read_eight(const uint8_t *codes, int64_t left, int bits) {
+  uint32_t pair[2] = {0, 0};
+  std::memcpy(pair, codes, static_cast<size_t>(std::min<int64_t>(left, 8)));
+  if (bits == 4) return {pair[0] | pair[1] << 4, 0};
+  return {pair[0], pair[1]};
+}
+
+void write_eight(Eight e, uint8_t *codes, int64_t left, int bits) {
+  uint32_t pair[2] = {e.low, e.high};
+  if (bits == 4) pair[0] = e.low & 0x0f0f0f0fu, pair[1] = e.low >> 4 & 0x0f0f0f0fu;
+  std::memcpy(codes, pair, static_cast<size_t>(std::min<int64_t>(left, 8)));
+}
+
+// Where the dwords of output j of a panel lie inside the bytes for 8 inputs.
+int64_t low_at(int j) { return (j / kHalf) * 64 + (j % kHalf) * 4; }
+int64_t high_at(int j) { return 128 + low_at(j); }
+
+void pack_codes(const Layout &l, const uint8_t *rows, int outputs, uint8_t *to) {
+  const int64_t k = l.geometry.k;
+  if (outputs < kPanel || k < l.kp) std::memset(to, 0, static_cast<size_t>(l.panel_codes));
+  for (int64_t at = 0; at < k; at += 8, to += l.step_bytes)
+    for (int j = 0; j < outputs; j++) {
+      const Eight e = read_eight(rows + j * k + at, k - at, l.geometry.bits);
+      std::memcpy(to + low_at(j), &e.low, 4);
+      if (l.geometry.bits == 8) std::memcpy(to + high_at(j), &e.high, 4);
+    }
+}
+
+void unpack_codes(const Layout &l, const uint8_t *from, int outputs, uint8_t *rows) {
+  const int64_t k = l.geometry.k;
+  for (int64_t at = 0; at < k; at += 8, from += l.step_bytes)
+    for (int j = 0; j < outputs; j++) {
+      Eight e{};
+      std::memcpy(&e.low, from + low_at(j), 4);
+      if (l.geometry.bits == 8) std::memcpy(&e.high, from + high_at(j), 4);
+      write_eight(e, rows + j * k + at, k - at, l.geometry.bits);
+    }
+}
+
+// [outputs][groups] -> [groups][32], items of `size` bytes, missing outputs zero.
+void transpose_in(const uint8_t *rows, int64_t groups, int outputs, size_t size, uint8_t *to) {
+  std::memset(to, 0, static_cast<size_t>(groups) * kPanel * size);
+  for (int64_t g = 0; g < groups; g++)
+    for (int j = 0; j < outputs; j++)
+      std::memcpy(to + (static_cast<size_t>(g) * kPanel + static_cast<size_t>(j)) * size,
+                  rows + (static_cast<size_t>(j * groups + g)) * size, size);
+}
+
+void transpose_out(const uint8_t *from, int64_t groups, int outputs, size_t size, uint8_t *rows) {
+  for (int64_t g = 0; g < groups; g++)
+    for (int j = 0; j < outputs; j++)
+      std::memcpy(rows + (static_cast<size_t>(j * groups + g)) * size,
+                  from + (static_cast<size_t>(g) * kPanel + static_cast<size_t>(j)) * size, size);
+}
+
+int outputs_of(const Layout &l, int64_t panel) {
+  return static_cast<int>(std::min<int64_t>(kPanel, l.geometry.n - panel * kPanel));
+}
+
+float weight_at(const Layout &l, const Panel &p, int64_t place, int j, int code) {
+  const tl_geometry &g = l.geometry;
+  const int64_t group = g.group_size == -1 ? 0 : place / g.group_size, at = group * kPanel + j;
+  const float scale = read_float(p.scales, at, g.scale_dtype);
+  switch (g.zero) {
+    case TL_ZERO_MIDPOINT: return scale * static_cast<float>(code - (1 << (g.bits - 1)));
+    case TL_ZERO_CODES: return scale * static_cast<float>(code - p.zeros[at]);
+    case TL_ZERO_FLOATS: return scale * (static_cast<float>(code) - read_float(p.zeros, at, g.scale_dtype));
+    default: return scale * static_cast<float>(code) + read_float(p.zeros, at, g.scale_dtype);
+  }
+}
+
+void dequantize_panel(const Layout &l, const Panel &p, const int32_t *order, int outputs, int32_t dtype,
+                      uint8_t *rows) {
+  const int64_t k = l.geometry.k;
+  for (int64_t at = 0; at < k; at += 8)
+    for (int j = 0; j < outputs; j++) {
+      Eight e{};
+      const uint8_t *from = p.codes + at / 8 * l.step_bytes;
+      uint8_t codes[8];
+      std::memcpy(&e.low, from + low_at(j), 4);
+      if (l.geometry.bits == 8) std::memcpy(&e.high, from + high_at(j), 4);
+      write_eight(e, codes, 8, l.geometry.bits);
+      for (int64_t i = 0; i < std::min<int64_t>(8, k - at); i++) {
+        const int64_t input = order ? order[at + i] : at + i;
+        write_float(rows, j * k + input, dtype, weight_at(l, p, at + i, j, codes[i]));
+      }
+    }
+}
+
+const int32_t *order_of(const Layout &l, const void *packed) {
+  return l.geometry.act_order ? reinterpret_cast<const int32_t *>(static_cast<const uint8_t *>(packed) + l.order_at)
+                              : nullptr;
+}
+
+}  // namespace
+}  // namespace transload
+
+using namespace transload;
+
+extern "C" int32_t tl_packed_bytes(const tl_geometry *geometry, int64_t *bytes) {
+  Layout l;
+  if (geometry == nullptr || bytes == nullptr) return TL_BAD_ARGUMENT;
+  if (!layout_of(*geometry, &l)) return TL_BAD_GEOMETRY;
+  *bytes = l.total;
+  return TL_OK;
+}
+
+extern "C" int32_t tl_pack(const tl_geometry *geometry, const uint8_t *codes, const void *scales, const void *zeros,
+                           const int32_t *order, void *packed, int64_t packed_bytes, int32_t threads) {
+  Layout l;
+  if (!geometry || !codes || !scales || !packed) return TL_BAD_ARGUMENT;
+  if (!layout_of(*geometry, &l)) return TL_BAD_GEOMETRY;
+  if (packed_bytes < l.total || threads < 1) return TL_BAD_ARGUMENT;
+  if ((l.zero_bytes != 0) != (zeros != nullptr) || (l.geometry.act_order != 0) != (order != nullptr))
+    return TL_BAD_ARGUMENT;
+  const int64_t n = l.geometry.n, k = l.geometry.k, all = l.geometry.experts * l.panels;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t index = 0; index < all; index++) {
+    const int64_t expert = index / l.panels, panel = index % l.panels, row = expert * n + panel * kPanel;
+    const int outputs = outputs_of(l, panel);
+    const Sections to = sections_at(l, packed, expert, panel);
+    pack_codes(l, codes + row * k, outputs, to.codes);
+    transpose_in(static_cast<const uint8_t *>(scales) + row * l.groups * l.scale_bytes, l.groups, outputs,
+                 static_cast<size_t>(l.scale_bytes), to.scales);
+    if (zeros)
+      transpose_in(static_cast<const uint8_t *>(zeros) + row * l.groups * l.zero_bytes, l.groups, outputs,
+                   static_cast<size_t>(l.zero_bytes), to.zeros);
+  }
+  if (order) std::memcpy(static_cast<uint8_t *>(packed) + l.order_at, order, static_cast<size_t>(k) * 4);
+  write_header(l, packed);
+  return TL_OK;
+}
+
+extern "C" int32_t tl_describe(const void *packed, int64_t packed_bytes, tl_geometry *geometry) {
+  Layout l;
+  if (geometry == nullptr) return TL_BAD_ARGUMENT;
+  const tl_status status = read_header(packed, packed_bytes, &l);
+  if (status == TL_OK) *geometry = l.geometry;
+  return status;
+}
+
+extern "C" int32_t tl_unpack(const void *packed, int64_t packed_bytes, uint8_t *codes, void *scales, void *zeros,
+                             int32_t *order, int32_t threads) {
+  Layout l;
+  const tl_status status = read_header(packed, packed_bytes, &l);
+  if (status != TL_OK) return status;
+  if (!codes || !scales || threads < 1 || (l.zero_bytes && !zeros) || (l.geometry.act_order && !order))
+    return TL_BAD_ARGUMENT;
+  const int64_t n = l.geometry.n, k = l.geometry.k, all = l.geometry.experts * l.panels;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t index = 0; index < all; index++) {
+    const int64_t expert = index / l.panels, panel = index % l.panels, row = expert * n + panel * kPanel;
+    const int outputs = outputs_of(l, panel);
+    const Panel from = panel_at(l, packed, expert, panel);
+    unpack_codes(l, from.codes, outputs, codes + row * k);
+    transpose_out(from.scales, l.groups, outputs, static_cast<size_t>(l.scale_bytes),
+                  static_cast<uint8_t *>(scales) + row * l.groups * l.scale_bytes);
+    if (from.zeros)
+      transpose_out(from.zeros, l.groups, outputs, static_cast<size_t>(l.zero_bytes),
+                    static_cast<uint8_t *>(zeros) + row * l.groups * l.zero_bytes);
+  }
+  if (l.geometry.act_order) std::memcpy(order, order_of(l, packed), static_cast<size_t>(k) * 4);
+  return TL_OK;
+}
+
+extern "C" int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int32_t dtype, void *out,
+                                 int32_t threads) {
+  Layout l;
+  const tl_status status = read_header(packed, packed_bytes, &l);
+  if (status != TL_OK) return status;
+  if (!out || threads < 1 || dtype < TL_FLOAT32 || dtype > TL_FLOAT16) return TL_BAD_ARGUMENT;
+  const int64_t n = l.geometry.n, k = l.geometry.k, all = l.geometry.experts * l.panels;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t index = 0; index < all; index++) {
+    const int64_t expert = index / l.panels, panel = index % l.panels, row = expert * n + panel * kPanel;
+    dequantize_panel(l, panel_at(l, packed, expert, panel), order_of(l, packed), outputs_of(l, panel), dtype,
+                     static_cast<uint8_t *>(out) + row * k * dtype_bytes(dtype));
+  }
+  return TL_OK;
+}
+
+extern "C" int32_t tl_layout_version(void) { return kLayoutVersion; }

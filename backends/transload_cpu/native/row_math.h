@@ -1,0 +1,133 @@
+// Reading, quantizing and storing rows: plain loops that every compiler vectorizes, compiled once per instruction set.
+// Everything is in an unnamed namespace for the reason given in floats.h.
+#pragma once
+
+#include <cmath>
+
+#include "floats.h"
+#include "isa.h"
+
+namespace transload {
+namespace {
+
+void read_row(const void *x, int32_t dtype, int64_t k, int64_t kp, const int32_t *order, float *out) {
+  const auto *floats = static_cast<const float *>(x);
+  const auto *halves = static_cast<const uint16_t *>(x);
+  if (order != nullptr) {
+    for (int64_t i = 0; i < k; i++) out[i] = read_float(x, order[i], dtype);
+  } else if (dtype == TL_FLOAT32) {
+    std::memcpy(out, floats, static_cast<size_t>(k) * 4);
+  } else if (dtype == TL_BFLOAT16) {
+    for (int64_t i = 0; i < k; i++) out[i] = from_bfloat16(halves[i]);
+  } else {
+    for (int64_t i = 0; i < k; i++) out[i] = from_float16(halves[i]);
+  }
+  for (int64_t i = k; i < kp; i++) out[i] = 0;
+}
+
+// The largest magnitude. Magnitudes compare like their bits, so NaN and infinity come out as the largest of all.
+inline float largest(const float *x, int64_t count) {
+  uint32_t top = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t bits = as_bits(x[i]) & 0x7fffffffu;
+    top = bits > top ? bits : top;
+  }
+  return as_float(top);
+}
+
+// Activations to int8 with one step: returns the sum. The quotient is a true division and rounds half to even, so the
+// codes equal the reference's. A zero or unusable step gives zeros.
+inline int32_t quantize_to_8(const float *x, int64_t count, float step, int8_t *q) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; i++) {
+    float v = std::nearbyint(x[i] / step);
+    v = v > 127.f ? 127.f : v < -127.f ? -127.f : v;
+    const auto code = static_cast<int32_t>(v);
+    sum += code;
+    q[i] = static_cast<int8_t>(code);
+  }
+  return sum;
+}
+
+// Activations to 15 bits as 128 * upper + lower, lower in -64 .. 63. Sums of both.
+inline void quantize_to_15(const float *x, int64_t count, float step, int8_t *upper, int8_t *lower, int32_t *sums) {
+  int32_t upper_sum = 0, lower_sum = 0;
+  for (int64_t i = 0; i < count; i++) {
+    float v = std::nearbyint(x[i] / step);
+    v = v > 16256.f ? 16256.f : v < -16256.f ? -16256.f : v;
+    const auto code = static_cast<int32_t>(v);
+    const int32_t high = (code + 64) >> 7, low = code - high * 128;
+    upper_sum += high;
+    lower_sum += low;
+    upper[i] = static_cast<int8_t>(high);
+    lower[i] = static_cast<int8_t>(low);
+  }
+  sums[0] = upper_sum;
+  sums[1] = lower_sum;
+}
+
+// Spreads the bytes of one row over a tile: [kp / chunk][rows][chunk].
+inline void place_row(const Plan &p, const int8_t *bytes, int row, int8_t *q) {
+  const int64_t chunks = p.weight->kp / p.chunk, stride = int64_t(p.rows) * p.chunk;
+  int8_t *to = q + int64_t(row) * p.chunk;
+  if (p.chunk == 8) {
+    for (int64_t i = 0; i < chunks; i++) std::memcpy(to + i * stride, bytes + i * 8, 8);
+  } else {
+    for (int64_t i = 0; i < chunks; i++) std::memcpy(to + i * stride, bytes + i * 64, 64);
+  }
+}
+
+void quantize_row(const Plan &p, const float *x, int row, int8_t *bytes, const Tile &tile) {
+  const int64_t kp = p.weight->kp, per_group = p.act_group / p.segment;
+  const float limit = p.split ? 16256.f : 127.f;
+  int8_t *lower = bytes + kp;
+  std::memset(bytes, 0, static_cast<size_t>(p.split ? 2 * kp : kp));
+  float step = 0;
+  for (int64_t s = 0; s < p.segments; s++) {
+    const int64_t from = s * p.segment, length = from + p.segment <= kp ? p.segment : kp - from;
+    if (p.act_group >= kp ? s == 0 : s % per_group == 0) {
+      const int64_t group = p.act_group < kp - from ? p.act_group : kp - from;
+      step = largest(x + from, group) / limit;
+      if (!(step <= 3.4e38f)) step = NAN;
+    }
+    const bool usable = step > 0;
+    const int64_t at = s * p.rows + row;
+    int32_t sums[2] = {0, 0};
+    if (p.split) {
+      if (usable) quantize_to_15(x + from, length, step, bytes + from, lower + from, sums);
+      tile.scale[at + 1] = step;
+      tile.sum[at + 1] = sums[1];
+      tile.moment[at + 1] = 0;
+    } else if (usable) {
+      sums[0] = quantize_to_8(x + from, length, step, bytes + from);
+    }
+    tile.scale[at] = step;
+    tile.sum[at] = sums[0];
+    tile.moment[at] = step * static_cast<float>(p.split ? 128 * sums[0] + sums[1] : sums[0]);
+  }
+  place_row(p, bytes, row, tile.q);
+  if (p.split) place_row(p, lower, row + 1, tile.q);
+}
+
+void store_row(const float *out, const float *bias, int n, void *y, int64_t at, int32_t dtype) {
+  float sums[kPanel];
+  for (int i = 0; i < n; i++) sums[i] = bias ? out[i] + bias[i] : out[i];
+  if (dtype == TL_FLOAT32) {
+    std::memcpy(static_cast<float *>(y) + at, sums, static_cast<size_t>(n) * 4);
+    return;
+  }
+  auto *halves = static_cast<uint16_t *>(y) + at;
+  for (int i = 0; i < n; i++) halves[i] = dtype == TL_BFLOAT16 ? to_bfloat16(sums[i]) : to_float16(sums[i]);
+}
+
+// Tile after tile, for the instruction sets that need nothing in common between tiles.
+template <void (*MULTIPLY_TILE)(const Plan &, const Panel &, const Tile &, int, float *)>
+void multiply_each(const Plan &p, const Panel &panel, const TileRun &tiles, float *out) {
+  for (int i = 0; i < tiles.count; i++) {
+    MULTIPLY_TILE(p, panel, tile_after(p, tiles.first, i), tiles.rows[i], out);
+    out += kPanel * (p.split ? tiles.rows[i] / 2 : tiles.rows[i]);
+  }
+}
+
+}  // namespace
+}  // namespace transload

@@ -1,0 +1,103 @@
+// C interface of Transload's CPU library: matrix products with 4 and 8 bit integer weights.
+//
+//   y[m, n] = sum_k x[m, k] * w[n, k] + bias[n]
+//   w[n, k] = scale[n, g] * (code[n, k] - zero[n, g])    or    scale[n, g] * code[n, k] + min[n, g]
+//
+// A packed weight is one block of bytes without pointers: it may be copied, saved and memory-mapped.
+// Every function returns a tl_status and may be called from several threads at once.
+#ifndef TRANSLOAD_NATIVE_H
+#define TRANSLOAD_NATIVE_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define TL_API __declspec(dllexport)
+#else
+#define TL_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum {
+  TL_OK = 0,
+  TL_BAD_GEOMETRY = 1,    // sizes, bits or kinds that the library does not hold
+  TL_BAD_PACKED = 2,      // not a packed weight, truncated, or of another version
+  TL_BAD_ARGUMENT = 3,    // a null pointer, an unknown type, counts that do not add up
+  TL_UNSUPPORTED_CPU = 4, // the instruction set asked for is not there
+  TL_OUT_OF_MEMORY = 5
+} tl_status;
+
+typedef enum { TL_FLOAT32 = 0, TL_BFLOAT16 = 1, TL_FLOAT16 = 2 } tl_dtype;
+
+typedef enum {
+  TL_ZERO_MIDPOINT = 0, // 2^(bits-1) for every group
+  TL_ZERO_CODES = 1,    // uint8 per group
+  TL_ZERO_FLOATS = 2,   // a zero point of the scales' type per group
+  TL_ZERO_MINS = 3      // an offset of the scales' type per group
+} tl_zero;
+
+// Instruction sets, also the bits of tl_supported(): bit (1 << TL_AVX2) and so on.
+typedef enum {
+  TL_PORTABLE = 0,
+  TL_AVX2 = 1,
+  TL_AVX_VNNI = 2,
+  TL_AVX512_VNNI = 3,
+  TL_AMX_INT8 = 4,
+  TL_NEON_DOTPROD = 5
+} tl_isa;
+
+typedef struct {
+  int64_t n, k;       // out and in features
+  int64_t group_size; // a multiple of 8, or -1 for one group per output
+  int64_t experts;    // 1 for a plain linear
+  int32_t bits;       // 4 or 8
+  int32_t zero;       // tl_zero
+  int32_t scale_dtype;// tl_dtype, of scales, float zeros and mins
+  int32_t act_order;  // 1 when a permutation of the inputs is stored
+} tl_geometry;
+
+// The instruction sets that this machine can run, as a bit mask. Asks the kernel for AMX tiles once.
+TL_API uint32_t tl_supported(void);
+
+// Version of the packed layout; another number means that cached files must be packed again.
+TL_API int32_t tl_layout_version(void);
+
+// Bytes of a packed weight of this geometry.
+TL_API int32_t tl_packed_bytes(const tl_geometry *geometry, int64_t *bytes);
+
+// codes: uint8 [experts, n, k]; scales [experts, n, groups]; zeros: uint8 or the scales' type, or null for midpoint;
+// order: int32 [k] (order[i] is the input that stands at place i), or null. packed: tl_packed_bytes bytes.
+TL_API int32_t tl_pack(const tl_geometry *geometry, const uint8_t *codes, const void *scales, const void *zeros,
+                       const int32_t *order, void *packed, int64_t packed_bytes, int32_t threads);
+
+// The geometry of a packed weight, after checking that its bytes are complete.
+TL_API int32_t tl_describe(const void *packed, int64_t packed_bytes, tl_geometry *geometry);
+
+// The exact inverse of tl_pack; zeros and order may be null where the weight has none.
+TL_API int32_t tl_unpack(const void *packed, int64_t packed_bytes, uint8_t *codes, void *scales, void *zeros,
+                         int32_t *order, int32_t threads);
+
+// The weight as floats [experts, n, k] of `dtype`, in the original order of inputs.
+TL_API int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int32_t dtype, void *out, int32_t threads);
+
+typedef struct {
+  const void *packed;
+  int64_t packed_bytes;
+  const void *x;         // [m, k] of x_dtype, rows x_stride elements apart
+  int64_t x_stride, m;
+  const int64_t *counts; // rows of each expert, sum m; null for a plain linear
+  const float *bias;     // [experts, n] or null
+  void *y;               // [m, n] of x_dtype, contiguous
+  int64_t act_group;     // int8 activations: inputs that share a scale, -1 for the whole row
+  int32_t act_bits;      // 8, or 16 for two int8 halves of a 15-bit value
+  int32_t x_dtype, isa, threads;
+} tl_product;
+
+TL_API int32_t tl_matmul(const tl_product *product);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,107 @@
+"""Multiplication through ONNX Runtime's MatMulNBits: W4A16 in float32, W4A8 with int8 activations per block."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from transload.hal import Device, Kernel, Packed, Problem
+from transload.quant import Grid, QTensor
+from transload_cpu.onnx_layout import BLOCKS, block_size, lay_out
+from transload_cpu.onnx_session import Session
+from transload_cpu.storage import pack_tight, rows, unpack_tight
+
+CODES_PER_SESSION = (
+    1 << 23
+)  # a larger weight is cut along N: building a session needs about 5 bytes a code for a moment
+X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class OnnxKernel(Kernel):
+    """One session per weight, built on first use and kept as long as the weight.
+
+    x in bfloat16 or float16 is computed in float32 and the result rounded once.
+    """
+
+    name: ClassVar[str] = "onnx"
+
+    def __init__(self) -> None:
+        self._weights: dict[int, tuple[weakref.ref[Tensor], list[list[Session]]]] = {}
+        self._building = threading.Lock()
+
+    def refuses(self, p: Problem, device: Device) -> str | None:
+        """None for integer codes whose groups are made of whole blocks of 16 to 256."""
+        spec = p.spec
+        if spec.grid is not Grid.INT:
+            return f"MatMulNBits takes integer codes, not {spec.grid.value}"
+        if p.x_dtype not in X_DTYPES:
+            return f"x must be float32, bfloat16 or float16, not {p.x_dtype}"
+        if spec.act and spec.act.static:
+            return "static activation scales belong to the engine; MatMulNBits quantizes dynamically"
+        if spec.act and p.spec.act_order:
+            return "act-order with int8 activations: MatMulNBits would group the sorted features, not the original ones"
+        if p.k and block_size(p.k, spec) is None:
+            if spec.act:
+                return f"MatMulNBits quantizes x per block of {BLOCKS}, and the block must divide the weight's group"
+            return f"group_size {spec.group_size} is not made of blocks of {BLOCKS}"
+        return None
+
+    def pack(self, w: QTensor) -> Packed:
+        """Codes at their own width, everything else as it is; the session derives its inputs from them."""
+        return pack_tight(self.name, w)
+
+    def unpack(self, p: Packed) -> QTensor:
+        """The exact inverse of `pack`."""
+        return unpack_tight(p)
+
+    def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
+        """x [M, K] times w.T plus bias [N]: [M, N] in x's dtype."""
+        return _multiply(x, self._sessions(w)[0], w, bias)
+
+    def grouped_matmul(self, x: Tensor, w: Packed, counts: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Rows sorted by expert, counts int64 [E] rows each: [M, N] in x's dtype. Experts without rows cost nothing."""
+        y, start = x.new_empty(x.shape[0], w.n), 0
+        for e, count in enumerate(counts.tolist()):
+            if count:
+                part = x[start : start + count]
+                y[start : start + count] = _multiply(
+                    part, self._sessions(w, e)[e], w, None if bias is None else bias[e]
+                )
+            start += count
+        return y
+
+    def _sessions(self, w: Packed, expert: int | None = None) -> list[list[Session]]:
+        """The sessions of a weight, by expert; those of the expert asked for are built."""
+        codes = w.tensors["codes"]
+        key, index = id(codes), expert or 0
+        entry = self._weights.get(key)
+        if entry is not None and entry[1][index]:
+            return entry[1]
+        with self._building:
+            entry = self._weights.get(key)
+            if entry is None:
+                forget = weakref.ref(codes, lambda _: self._weights.pop(key, None))
+                entry = self._weights[key] = (forget, [[] for _ in range(w.experts or 1)])
+            if not entry[1][index]:
+                entry[1][index] = _build(w, expert)
+            return entry[1]
+
+
+def _build(w: Packed, expert: int | None) -> list[Session]:
+    step = max(CODES_PER_SESSION // max(w.k, 1), 1)
+    cuts = range(0, w.n, step)
+    return [Session(lay_out(rows(w, n, min(n + step, w.n), expert)), w.spec.act is not None) for n in cuts]
+
+
+def _multiply(x: Tensor, sessions: list[Session], w: Packed, bias: Tensor | None) -> Tensor:
+    if x.shape[0] == 0:
+        return x.new_empty(0, w.n)
+    x32 = x.float().contiguous()
+    y = sessions[0].run(x32) if len(sessions) == 1 else torch.cat([s.run(x32) for s in sessions], dim=1)
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype)
