@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from transload.errors import ConfigError
+from transload.formats.awq import Awq, AwqGemv, AwqGemvFast
 from transload.formats.base import Entry, Format, Json, Source
 from transload.formats.gguf import Gguf
 from transload.formats.gptq import Gptq, GptqV2
@@ -17,6 +18,9 @@ FORMATS: tuple[Format, ...] = (
     Neutral(),
     Gptq(),
     GptqV2(),
+    Awq(),
+    AwqGemv(),
+    AwqGemvFast(),
     Plain(),
 )
 
