@@ -20,14 +20,15 @@ def read_headers(path: str | Path) -> dict[str, TensorInfo]:
     Raises FormatError for what `checkpoint_files` refuses, index entries for tensors that the shard lacks, and tensors
     that lie in two shards.
     """
-    path = Path(path)
-    files = checkpoint_files(path)
+    files, index, weight_map = _located(Path(path))
     if is_gguf(files[0]):
         return read_gguf_header(files[0]).tensors
     infos = _merged(files)
-    index = find_index(path) if path.is_dir() else None
-    if index is not None:
-        _check_index(index, infos)
+    for name, shard in weight_map.items():
+        found = infos.get(name)
+        if found is None or found.file.name != shard:
+            place = "in no shard" if found is None else f"in {found.file.name}"
+            raise FormatError(f"{index}: tensor {shown(name)} should be in {shard}, but is {place}")
     return infos
 
 
@@ -39,13 +40,18 @@ def checkpoint_files(path: str | Path) -> list[Path]:
     .gguf file. Raises FormatError when nothing is there, when shards are missing, and when an index entry points
     outside the folder.
     """
-    path = Path(path)
+    return _located(Path(path))[0]
+
+
+def _located(path: Path) -> tuple[list[Path], Path | None, dict[str, str]]:
+    """Weight files, index and the index's map from tensor to shard (empty without an index)."""
     try:
         if path.is_dir():
             index = find_index(path)
-            return _weight_files(path) if index is None else _shards(index, _weight_map(index))
+            weight_map = {} if index is None else _weight_map(index)
+            return _weight_files(path) if index is None else _shards(index, weight_map), index, weight_map
         if path.is_file():
-            return [path]
+            return [path], None, {}
     except OSError as e:
         raise FormatError(f"{path}: cannot be read: {e.strerror or e}") from e
     raise FormatError(f"{path}: no such file or folder")
@@ -114,14 +120,6 @@ def _shards(index: Path, weight_map: dict[str, str]) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _check_index(index: Path, infos: dict[str, TensorInfo]) -> None:
-    for name, shard in _weight_map(index).items():
-        found = infos.get(name)
-        if found is None or found.file.name != shard:
-            place = "in no shard" if found is None else f"in {found.file.name}"
-            raise FormatError(f"{index}: tensor {shown(name)} should be in {shard}, but is {place}")
-
-
 def _is_plain_name(name: str) -> bool:
     """A name inside the folder: no separators, no way up. The file itself may be a link, as in the hub's cache."""
     return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\:\0")
@@ -130,10 +128,10 @@ def _is_plain_name(name: str) -> bool:
 def _merged(files: list[Path]) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in read_safetensors_header(file)[0].items():
-            if name in infos:
-                raise FormatError(f"{file}: tensor {shown(name)} is also in {infos[name].file.name}")
-            infos[name] = info
+        found = read_safetensors_header(file)[0]
+        for name in infos.keys() & found.keys():
+            raise FormatError(f"{file}: tensor {shown(name)} is also in {infos[name].file.name}")
+        infos |= found
     return infos
 
 

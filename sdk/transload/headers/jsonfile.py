@@ -29,13 +29,13 @@ def read_json(path: str | Path) -> dict[str, object]:
     return value
 
 
-def parse_json(data: bytes, where: str) -> object:
-    """The JSON value in UTF-8 bytes; a key that occurs twice in one object is refused.
+def parse_json(data: bytes, where: str, unique: bool = True) -> object:
+    """The JSON value in UTF-8 bytes. unique: a key that occurs twice in one object is refused.
 
     Raises FormatError beginning with `where`.
     """
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique if unique else None)
     except UnicodeDecodeError as e:
         raise FormatError(f"{where}: not UTF-8: byte {e.start} is 0x{data[e.start]:02x}") from e
     except RecursionError as e:

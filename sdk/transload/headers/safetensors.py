@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,8 @@ from transload.headers.jsonfile import parse_json
 
 MAX_HEADER = 100_000_000
 _MAX_DIMS = 64  # as many as torch holds
+_INT = {int}
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 # Bits of one element, as in safetensors 0.8. F4 and F6 are packed: the shape counts elements, not bytes.
 DTYPE_BITS = {
@@ -44,10 +47,12 @@ def read_safetensors_header(path: str | Path) -> tuple[dict[str, TensorInfo], di
     except OSError as e:
         raise FormatError(f"{path}: cannot be read: {e.strerror or e}") from e
     _check_density(path, header)
-    value = parse_json(header, f"{path}: header")
+    value = parse_json(header, f"{path}: header", unique=False)
     if not isinstance(value, dict):
         raise FormatError(f"{path}: the header is a JSON {type(value).__name__}, expected an object")
     metadata = _metadata(path, value.pop("__metadata__", None))
+    if not _each_named_once(header, len(value)):
+        parse_json(header, f"{path}: header")  # slower, and raises naming a key that occurs twice
     data_start = 8 + len(header)
     infos = {name: _tensor(path, name, entry, data_start, size) for name, entry in value.items()}
     _check_contiguous(path, infos.values(), data_start, size)
@@ -81,6 +86,14 @@ def _check_density(path: Path, header: bytes) -> None:
         raise FormatError(f"{path}: the header opens {brackets} brackets in {len(header)} bytes: no tensors look so")
 
 
+def _each_named_once(header: bytes, count: int) -> bool:
+    """True when counting alone shows that none of `count` tensors occurs twice in the header.
+
+    Without escapes every key stands there as it is, so a tensor given twice would give its field names twice.
+    """
+    return b"\\" not in header and all(header.count(b'"%s"' % field.encode()) == count for field in _FIELDS)
+
+
 def _metadata(path: Path, value: object) -> dict[str, str]:
     if value is None:
         return {}
@@ -90,43 +103,53 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
 
 
 def _tensor(path: Path, name: str, entry: object, data_start: int, size: int) -> TensorInfo:
-    where = f"{path}: tensor {shown(name)}"
+    problem = _problem(name, entry, data_start, size)
+    if problem is not None:
+        raise FormatError(f"{path}: tensor {shown(name)}: {problem}")
+    assert isinstance(entry, dict)
+    start, end = entry["data_offsets"]
+    return TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, data_start + start, data_start + end)
+
+
+def _problem(name: str, entry: object, data_start: int, size: int) -> str | None:
+    """What is wrong with one entry of the header, None for nothing. Folders have 100 000 of them: it is kept fast."""
     if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
-        raise FormatError(f"{where}: the name is not valid Unicode")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where}: is {shown(entry)}, expected an object with dtype, shape and data_offsets")
+        return "the name is not valid Unicode"
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        return f"is {shown(entry)}, expected an object with dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise FormatError(f"{where}: unknown dtype {shown(dtype)}; known are {', '.join(DTYPE_BITS)}")
+    if type(dtype) is not str or dtype not in DTYPE_BITS:
+        return f"unknown dtype {shown(dtype)}; known are {', '.join(DTYPE_BITS)}"
     if not _is_sizes(shape) or len(shape) > _MAX_DIMS:
-        raise FormatError(f"{where}: shape {shown(shape)}, expected at most {_MAX_DIMS} integers from 0 to 2**63 - 1")
+        return f"shape {shown(shape)}, expected at most {_MAX_DIMS} integers from 0 to 2**63 - 1"
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{where}: data_offsets {shown(offsets)}, expected [start, end] with 0 <= start <= end")
-    start, end = offsets
+        return f"data_offsets {shown(offsets)}, expected [start, end] with 0 <= start <= end"
     bits = prod(shape) * DTYPE_BITS[dtype]
     if bits % 8:
-        raise FormatError(f"{where}: {dtype} of shape {shown(shape)} does not fill whole bytes")
-    if end - start != bits // 8:
-        raise FormatError(f"{where}: has {end - start} bytes, but {dtype} of shape {shown(shape)} needs {bits // 8}")
-    if data_start + end > size:
-        raise FormatError(f"{where}: ends at byte {data_start + end}, but the file has {size} bytes: truncated")
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + start, data_start + end)
+        return f"{dtype} of shape {shown(shape)} does not fill whole bytes"
+    nbytes = offsets[1] - offsets[0]
+    if nbytes != bits // 8:
+        return f"has {nbytes} bytes, but {dtype} of shape {shown(shape)} needs {bits // 8}"
+    if data_start + offsets[1] > size:
+        return f"ends at byte {data_start + offsets[1]}, but the file has {size} bytes: truncated"
+    return None
 
 
 def _is_sizes(value: object) -> bool:
     """A list of integers 0 .. 2**63 - 1. JSON's true and false are no integers, although Python's are."""
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    return (
+        type(value) is list and {*map(type, value)} <= _INT and (not value or 0 <= min(value) <= max(value) < 1 << 63)
+    )
 
 
 def _check_contiguous(path: Path, infos: Iterable[TensorInfo], data_start: int, size: int) -> None:
     position, previous = data_start, "the header"
-    for info in sorted(infos, key=lambda i: (i.start, i.end)):
-        if info.start < position:
-            raise FormatError(f"{path}: tensor {shown(info.name)} overlaps {previous} by {position - info.start} bytes")
-        if info.start > position:
-            raise FormatError(
-                f"{path}: {info.start - position} bytes between {previous} and {shown(info.name)} belong to no tensor"
-            )
-        position, previous = info.end, shown(info.name)
+    for info in sorted(infos, key=attrgetter("start", "end")):
+        name, gap = info.name, info.start - position
+        if gap < 0:
+            raise FormatError(f"{path}: tensor {shown(name)} overlaps {shown(previous)} by {-gap} bytes")
+        if gap > 0:
+            raise FormatError(f"{path}: {gap} bytes between {shown(previous)} and {shown(name)} belong to no tensor")
+        position, previous = info.end, name
     if position != size:
-        raise FormatError(f"{path}: {size - position} bytes after {previous} belong to no tensor")
+        raise FormatError(f"{path}: {size - position} bytes after {shown(previous)} belong to no tensor")

@@ -134,7 +134,7 @@ class Writer:
             target.write_bytes(text.encode())
 
     def carry(self, file: str | Path, name: str | None = None) -> None:
-        """Copies a file, following links, beside the weights. Raises ConfigError when it is missing or the name taken."""
+        """Copies a file, following links, beside the weights. Raises ConfigError when it is missing."""
         if not Path(file).is_file():
             raise ConfigError(f"{file}: no such file, so it cannot be carried to {self.path}")
         target = self._claim(name or Path(file).name)
