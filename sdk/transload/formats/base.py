@@ -111,9 +111,14 @@ class Format(ABC):
 
 @contextmanager
 def naming(source: Source, entry: Entry) -> Iterator[None]:
-    """Puts file and module in front of a FormatError raised inside (QTensor's checks do not know them)."""
+    """Puts file and module in front of a FormatError raised inside, unless it begins with the file already.
+
+    QTensor's checks know neither; a source's reads know the file.
+    """
     try:
         yield
     except FormatError as e:
         file = source.infos[entry.tensors[0]].file if entry.tensors else source.path
+        if str(e).startswith(f"{file}: "):
+            raise
         raise FormatError(f"{file}: {entry.name}: {e}") from e

@@ -125,13 +125,13 @@ class Writer:
 
     def add_json(self, name: str, value: Mapping[str, object]) -> None:
         """Writes a JSON file beside the weights. Raises ConfigError when the name is taken."""
-        self.add_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        self.add_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
-    def add_text(self, name: str, text: str) -> None:
-        """Writes a UTF-8 file beside the weights. Raises ConfigError when the name is taken."""
+    def add_bytes(self, name: str, data: bytes) -> None:
+        """Writes any other file beside the weights. Raises ConfigError when the name is taken."""
         target = self._claim(name)
         with os_errors(target):
-            target.write_bytes(text.encode())
+            target.write_bytes(data)
 
     def carry(self, file: str | Path, name: str | None = None) -> None:
         """Copies a file, following links, beside the weights. Raises ConfigError when it is missing."""
