@@ -1,1 +1,5 @@
-"""Transload's ascend backend."""
+"""Transload on Huawei Ascend NPUs."""
+
+from transload_ascend.backend import backend
+
+__all__ = ["backend"]

@@ -1,1 +1,5 @@
-"""Transload's cuda backend."""
+"""Transload on NVIDIA GPUs."""
+
+from transload_cuda.backend import backend
+
+__all__ = ["backend"]
