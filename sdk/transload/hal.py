@@ -101,6 +101,13 @@ class Kernel(ABC):
         """Rows sorted by expert, counts int64 [E] rows each: [M, N]. Optional; a kernel without it refuses experts."""
         raise Unsupported(f"kernel '{self.name}' has no grouped matmul")
 
+    def rows(self, p: Packed, index: Tensor) -> QTensor:
+        """Output rows `index` (int64 [R]) of a packed linear: the lookup of an embedding tied to the output head.
+
+        Optional; without it such an embedding is kept a second time. The rows are as `unpack` would give them.
+        """
+        raise Unsupported(f"kernel '{self.name}' cannot look up rows")
+
     def executed(self, p: Problem) -> str:
         """The scheme that really runs (W4A16, W4A8). Override where it differs from the request."""
         return p.spec.scheme
@@ -159,18 +166,40 @@ def choose(backend: Backend, problem: Problem, device: Device) -> Choice:
 
 @cache
 def backends() -> Mapping[str, Backend]:
-    """Every installed backend by name, available or not. A backend that fails to import is an error naming it."""
+    """Every installed backend by name, available or not. One that fails to load is there and says so."""
     return {point.name: _load(point) for point in entry_points(group=ENTRY_POINTS)}
 
 
 def _load(point: EntryPoint) -> Backend:
     try:
         backend = point.load()
-    except Exception as e:
-        raise NoBackend(f"backend '{point.name}' ({point.value}) failed to load: {e}") from e
+    except Exception as e:  # a stranger's package may fail in any way; it must not take the others down
+        return BrokenBackend(point.name, f"its package {point.value} failed to load: {type(e).__name__}: {e}")
     if not isinstance(backend, Backend):
-        raise NoBackend(f"backend '{point.name}' ({point.value}) is not a transload.hal.Backend")
+        return BrokenBackend(point.name, f"{point.value} is not a transload.hal.Backend")
     return backend
+
+
+@dataclass(slots=True)
+class BrokenBackend:
+    """Stands in for an installed backend that cannot be loaded."""
+
+    name: str
+    reason: str
+    kernels: Sequence[Kernel] = ()
+    serving: Serving = Serving()
+
+    def unavailable(self) -> str:
+        """Why it cannot be loaded."""
+        return self.reason
+
+    def devices(self) -> Sequence[Device]:
+        """None."""
+        return ()
+
+    def torch_device(self, device: Device) -> torch.device:
+        """Never called: there are no devices."""
+        raise NoBackend(f"backend '{self.name}': {self.reason}")
 
 
 def find_device(name: str = "auto") -> tuple[Backend, Device]:

@@ -22,6 +22,7 @@ from transload.errors import ConfigError, FormatError
 PER_CHANNEL = -1  # group_size: one group per output row; ActSpec.group_size: one scale per token
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DTYPE_WORDS = dict(zip(SCALE_DTYPES, ("fp16", "bf16", "fp32"), strict=True))
 
 
 class Grid(enum.Enum):
@@ -145,7 +146,7 @@ class QuantSpec:
         grid = "int" if self.grid is Grid.INT else self.grid.value + " "
         group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
         zero = {Zero.NONE: "", Zero.MIDPOINT: " sym", Zero.CODES: " asym"}.get(self.zero, f" {self.zero.value}")
-        dtype = str(self.scale_dtype).removeprefix("torch.")
+        dtype = _DTYPE_WORDS[self.scale_dtype]
         order = " act-order" if self.act_order else ""
         return f"{grid}{self.bits} {group}{zero}{order} {dtype}" + (f" + {self.act}" if self.act else "")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,8 +10,13 @@ from transload.cli import app
 from transload.cli.show import print_json, size, table
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from transload.hal import Backend, Device
     from transload.quant import QuantSpec
+
+
+Json = dict[str, Any]
 
 
 @app.command()
@@ -24,38 +29,39 @@ def devices(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         print_json(found)
         return
     from rich.console import Console
-    from rich.markup import escape
 
     console = Console()
     for backend in found:
-        console.print(f"[bold]{backend['backend']}[/]", end="  ")
-        if backend["unavailable"]:
-            console.print(f"[yellow]not available[/]: {escape(str(backend['unavailable']))}\n")
+        _print_backend(console, backend)
+
+
+def _print_backend(console: Console, backend: Json) -> None:
+    from rich.markup import escape
+
+    if backend["unavailable"]:
+        console.print(f"[bold]{backend['backend']}[/]  [yellow]not available[/]: {escape(backend['unavailable'])}\n")
+        return
+    console.print(f"[bold]{backend['backend']}[/]  [green]available[/]")
+    for device in backend["devices"]:
+        console.print(f"  {backend['backend']}:{device['index']}  [bold]{escape(device['model'])}[/]")
+        console.print(f"  {escape(device['arch'])}", style="dim")
+        console.print(f"  {size(device['memory'])}, {size(device['free'])} free")
+        if not device["kernels"]:
+            console.print("  no kernels yet\n")
             continue
-        console.print("[green]available[/]")
-        for device in backend["devices"]:
-            memory = f"{size(device['memory'])}, {size(device['free'])} free"
-            console.print(
-                f"  {backend['backend']}:{device['index']}  {device['model']}  [dim]{device['arch']}[/]  {memory}"
-            )
-            header = (
-                ["kernel", *(str(p["problem"]) for p in device["kernels"][0]["problems"])] if device["kernels"] else []
-            )
-            rows = [
-                [k["kernel"], *("yes" if p["refusal"] is None else "-" for p in k["problems"])]
-                for k in device["kernels"]
-            ]
-            console.print(table(header, rows))
-        console.print()
+        names = [k["kernel"] for k in device["kernels"]]
+        probes = zip(*(k["problems"] for k in device["kernels"]), strict=True)
+        rows = [(row[0]["problem"], *("yes" if p["refusal"] is None else "[dim]-[/]" for p in row)) for row in probes]
+        console.print(table(("kernels", *names), rows))
 
 
-def _describe(backend: Backend) -> dict[str, object]:
+def _describe(backend: Backend) -> Json:
     reason = backend.unavailable()
     found = [] if reason else [_describe_device(backend, device) for device in backend.devices()]
     return {"backend": backend.name, "unavailable": reason, "devices": found}
 
 
-def _describe_device(backend: Backend, device: Device) -> dict[str, object]:
+def _describe_device(backend: Backend, device: Device) -> Json:
     from transload.hal import Problem
 
     kernels = []

@@ -50,12 +50,18 @@ def _summary(found: Inspection) -> dict[str, str]:
 
 def _modules(found: Inspection, every: bool) -> Table:
     large = [g for g in found.groups if every or len(g.shape) > 1]
-    rows = [(g.role, g.scheme, " x ".join(map(str, g.shape)), str(g.count), size(g.stored_bytes)) for g in large]
+    rows = [
+        (_short(g.role), g.scheme, " x ".join(map(str, g.shape)), str(g.count), size(g.stored_bytes)) for g in large
+    ]
     rest = [g for g in found.groups if g not in large]
     if rest:
         count, total = sum(g.count for g in rest), sum(g.stored_bytes for g in rest)
-        rows.append((f"[dim]{len(rest)} kinds of norms and biases (--all)[/]", "float", "", str(count), size(total)))
+        rows.append(("[dim]norms and biases (--all)[/]", "float", "", str(count), size(total)))
     return table(("module", "scheme", "shape", ">count", ">bytes"), rows, "modules")
+
+
+def _short(role: str) -> str:
+    return role.removeprefix("model.")
 
 
 def _verdicts(title: str, verdicts: tuple[Verdict, ...]) -> Table:
@@ -67,8 +73,10 @@ def _answer(v: Verdict) -> tuple[str, str]:
 
     if v.runs:
         return "[green]yes[/]", escape(", ".join(v.executed) + "".join(f"; {note}" for note in v.notes))
-    reasons: dict[str, list[str]] = {}
+    roles: dict[str, list[str]] = {}
     for role, reason in v.reasons.items():
-        reasons.setdefault(reason, []).append(role.rsplit(".", 1)[-1])
-    lines = [reason if roles == ["*"] else f"{reason} ({', '.join(roles)})" for reason, roles in reasons.items()]
+        roles.setdefault(reason, []).append(role.rsplit(".", 1)[-1])
+    if len(roles) == 1 and not v.executed:
+        return "[red]no[/]", escape(next(iter(roles)))
+    lines = [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in roles.items()]
     return "[red]no[/]", escape("\n".join(lines))

@@ -32,9 +32,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
     from rich import box
     from rich.table import Table
 
-    out = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    out = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for column in columns:
-        out.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+        right = column.startswith(">")
+        out.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
     for row in rows:
         out.add_row(*row)
     return out
