@@ -7,8 +7,10 @@ import torch
 from transload.errors import ConfigError
 from transload.formats.awq import Awq, AwqGemv, AwqGemvFast
 from transload.formats.base import Entry, Format, Json, Source
+from transload.formats.compressed_tensors import CompressedTensors
 from transload.formats.gguf import Gguf
 from transload.formats.gptq import Gptq, GptqV2
+from transload.formats.msmodelslim import MsModelSlim
 from transload.formats.neutral import Neutral
 from transload.formats.plain import Plain
 
@@ -16,11 +18,13 @@ from transload.formats.plain import Plain
 FORMATS: tuple[Format, ...] = (
     Gguf(),
     Neutral(),
+    CompressedTensors(),
     Gptq(),
     GptqV2(),
     Awq(),
     AwqGemv(),
     AwqGemvFast(),
+    MsModelSlim(),
     Plain(),
 )
 
