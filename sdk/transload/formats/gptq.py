@@ -174,7 +174,7 @@ def _shifted(words: Tensor, b: int, n: int, delta: int) -> Tensor:
         return bits.pack(
             (bits.unpack(words, 3, n).to(torch.int16) + delta).remainder(8).to(torch.uint8), 3, torch.int32
         )
-    ones = bits.pack(torch.ones(32 // b, dtype=torch.uint8), b, torch.int32).to(torch.int64)
+    ones = int(bits.pack(torch.ones(32 // b, dtype=torch.uint8), b, torch.int32))  # one in every field of a word
     wide = words.to(torch.int64) + delta * ones
     return ((wide + 2**31).remainder(2**32) - 2**31).to(torch.int32)
 
