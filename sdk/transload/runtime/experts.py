@@ -1,0 +1,109 @@
+"""The fused experts of a mixture-of-experts layer with quantized weights.
+
+Transformers 5 keeps all experts of a layer in two 3-D parameters, which quantizers that walk over nn.Linear miss. The
+module is recognized by what it holds and by the layout it declares, not by its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from transload.errors import FormatError
+from transload.quant import QTensor
+from transload.runtime.placement import Target
+from transload.runtime.weight import PackedWeight
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+# What use_experts_implementation declares on a module, and the value that `QuantExperts.forward` computes.
+_LAYOUT = (("has_gate", True), ("has_bias", False), ("is_transposed", False), ("has_post_expert_norm", False))
+
+
+def is_experts(module: nn.Module) -> bool:
+    """True for a module that holds gate_up_proj and down_proj as 3-D parameters."""
+    return all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in (getattr(module, n, None) for n in PROJECTIONS))
+
+
+def experts_refusal(module: nn.Module) -> str | None:
+    """Why these experts cannot run quantized, a sentence; None when they can."""
+    if not callable(getattr(module, "_apply_gate", None)):
+        return f"{type(module).__name__} does not say how gate and up projection are combined"
+    for name, value in _LAYOUT:
+        found = getattr(module, name, None)
+        if found is not value:
+            return f"{type(module).__name__} has {name}={found}; only {name}={value} runs quantized"
+    experts, double, hidden = module.get_parameter("gate_up_proj").shape
+    if tuple(module.get_parameter("down_proj").shape) != (experts, hidden, double // 2):
+        return f"{type(module).__name__} has gate_up_proj {(experts, double, hidden)} and down_proj of another layout"
+    return None
+
+
+class QuantExperts(nn.Module):
+    """Stands in for a fused experts module: the same forward, weights packed for a grouped matmul.
+
+    gate: the replaced module's own way from gate_up [M, 2I] to [M, I], so that activations, clamps and limits of a
+    model family stay what they are.
+    """
+
+    gate_up: PackedWeight | None
+    down: PackedWeight | None
+
+    def __init__(self, num_experts: int, gate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.num_experts, self._gate = num_experts, gate
+        self.register_module("gate_up", None)
+        self.register_module("down", None)
+
+    @classmethod
+    def replacing(cls, module: nn.Module) -> QuantExperts:
+        """An unfilled stand-in for a module that `experts_refusal` accepts. Takes the weights out of the module."""
+        gate = cast(Callable[[Tensor], Tensor], module._apply_gate)
+        experts = cls(len(module.get_parameter(PROJECTIONS[0])), gate)
+        for name in PROJECTIONS:
+            setattr(module, name, None)
+        return experts
+
+    def fill(self, member: str, w: QTensor, to: Target) -> None:
+        """Packs one of the two projections. Raises NoKernel, FormatError for a wrong number of experts."""
+        if w.experts != self.num_experts:
+            raise FormatError(f"{member} has {w.experts} experts, expected {self.num_experts}")
+        if member == PROJECTIONS[0]:
+            self.gate_up = PackedWeight.of(w, to)
+        else:
+            self.down = PackedWeight.of(w, to)
+
+    def _projection(self, member: str) -> PackedWeight:
+        packed = self.gate_up if member == PROJECTIONS[0] else self.down
+        assert packed is not None
+        return packed
+
+    def weight_shape(self, member: str) -> tuple[int, ...]:
+        """(E, N, K) of one projection."""
+        packed = self._projection(member).packed
+        return self.num_experts, packed.n, packed.k
+
+    def qtensor(self, member: str) -> QTensor:
+        """The exact weight of one projection, for saving."""
+        return self._projection(member).qtensor()
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], top_k_index int64 [T, top_k], top_k_weights [T, top_k] -> [T, H].
+
+        An index of num_experts or above means "not here" and adds nothing, as in transformers.
+        """
+        tokens, top_k = top_k_index.shape
+        chosen = top_k_index.reshape(-1)
+        order = torch.argsort(chosen, stable=True)
+        counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts]
+        order = order[: int(counts.sum())]  # rows of experts that live elsewhere come last
+        rows = hidden_states[order // top_k]
+        hidden = self._gate(self.gate_up.grouped_matmul(rows, counts))  # type: ignore[union-attr]
+        out = self.down.grouped_matmul(hidden, counts)  # type: ignore[union-attr]
+        out = out * top_k_weights.reshape(-1, 1)[order]
+        placed = out.new_zeros(tokens * top_k, out.shape[-1])
+        placed[order] = out
+        return placed.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)

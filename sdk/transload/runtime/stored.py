@@ -1,0 +1,71 @@
+"""Filling a model from a quantized checkpoint: stand-ins before transformers loads the float tensors, numbers after."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from transload.checkpoint import Checkpoint
+from transload.quant import QTensor
+from transload.runtime import standins
+from transload.runtime.gather import assemble
+from transload.runtime.targets import Targets
+from transload.runtime.tied import fill_tied, take_ties
+from transload.runtime.trace import parameters_from
+
+
+class StoredWeights:
+    """The quantized part of a checkpoint, on its way into one model.
+
+    floats: parameters that are quantized in the checkpoint but that the model uses as floats, and why. unused: modules
+    of the checkpoint that the model has no place for. conversions: transformers' rules that apply to this checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        self.checkpoint = checkpoint
+        shapes = {e.name: e.shape for e in checkpoint.entries.values() if e.spec is not None}
+        floats = [e.name for e in checkpoint.entries.values() if e.spec is None]
+        conversions = get_model_conversion_mapping(model)
+        self.recipes, self.unused = parameters_from(shapes, floats, model, conversions)
+        self.conversions = [c for c in conversions if c.was_used()]
+        self._ties = take_ties(model, self.recipes, checkpoint.entries)
+        self.floats: dict[str, str] = {}
+        for parameter in self.recipes:
+            self._prepare(model, self._group(parameter))
+
+    def _group(self, parameter: str) -> tuple[str, ...]:
+        return (parameter, *self._ties.get(parameter, ()))
+
+    def _prepare(self, model: PreTrainedModel, group: tuple[str, ...]) -> None:
+        """Stand-ins for tied parameters: all of them or none, as they share one weight."""
+        reasons = [standins.refusal(model.get_submodule(standins.owner_of(name)), name) for name in group]
+        reason = next((r for r in reasons if r is not None), None)
+        for name in group:
+            if reason is None:
+                standins.stand_in(model, standins.owner_of(name), keep_meta=False)
+            else:
+                self.floats[name] = reason
+
+    def fill(self, model: PreTrainedModel, targets: Targets) -> None:
+        """Decodes, packs and places every quantized parameter, one at a time."""
+        for parameter, recipe in self.recipes.items():
+            w = assemble(parameter, recipe, self._decode)
+            to, group = targets.of(standins.owner_of(parameter)), self._group(parameter)
+            if parameter in self.floats:
+                weight = w.dequantize().to(to.torch_device, targets.base.x_dtype)
+                _set_floats(model, group, nn.Parameter(weight, requires_grad=False))
+            elif len(group) > 1:
+                fill_tied(model, parameter, group[1:], w, to)
+            else:
+                standins.fill(model, parameter, w, to)
+
+    def _decode(self, name: str) -> QTensor:
+        return self.checkpoint.decode(self.checkpoint.entries[name])
+
+
+def _set_floats(model: nn.Module, names: tuple[str, ...], weight: torch.nn.Parameter) -> None:
+    for name in names:
+        owner, _, member = name.rpartition(".")
+        setattr(model.get_submodule(owner), member, weight)

@@ -1,0 +1,91 @@
+"""A packed weight as a torch module: its tensors are buffers, so that `.to`, `state_dict` and accelerate see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from transload.hal import Packed, Problem
+from transload.quant import QTensor, QuantSpec
+from transload.runtime.placement import Placed, Target, place
+
+
+class PackedWeight(nn.Module):
+    """A weight in its kernel's layout. Several modules may hold the same one (tied embedding and head)."""
+
+    def __init__(self, placed: Placed, device: torch.device) -> None:
+        super().__init__()
+        self.kernel, self.x_dtype = placed.choice.kernel, placed.x_dtype
+        self.requested, self.notes, self.passed_over = placed.requested, placed.notes, placed.choice.passed_over
+        self.stored_act = placed.stored_act
+        self._packed = self.kernel.place(self.kernel.pack(placed.weight), device)
+        for name, tensor in self._packed.tensors.items():
+            self.register_buffer(name, tensor)
+            self._buffers[name]._is_hf_initialized = True  # type: ignore[union-attr]  # transformers: do not touch
+        self._is_hf_initialized = True
+
+    @classmethod
+    def of(cls, w: QTensor, to: Target) -> PackedWeight:
+        """Chooses a kernel for `w` on the target and packs it. Raises NoKernel."""
+        return cls(place(w, to), to.torch_device)
+
+    @property
+    def packed(self) -> Packed:
+        """The packed weight over the buffers as they are now.
+
+        The same object is returned until a buffer is replaced (by `.to`, accelerate, `load_state_dict(assign=True)`),
+        because kernels keep what they prepared for a weight by the weight's identity.
+        """
+        p = self._packed
+        if any(self._buffers[name] is not tensor for name, tensor in p.tensors.items()):
+            tensors = {name: self._buffers[name] for name in p.tensors}
+            self._packed = p = Packed(p.kernel, p.spec, p.n, p.k, tensors, p.experts)  # type: ignore[arg-type]
+        return p
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The scheme that was packed, activations included."""
+        return self._packed.spec
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] times the weight plus bias [N]: [..., N] in x's dtype."""
+        p = self.packed
+        rows = x.reshape(-1, p.k).to(self.x_dtype)
+        y = self.kernel.matmul(rows, p, None if bias is None else bias.to(self.x_dtype))
+        return y.reshape(*x.shape[:-1], p.n).to(x.dtype)
+
+    def grouped_matmul(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Rows x [M, K] sorted by expert, counts int64 [E]: [M, N] in x's dtype."""
+        return self.kernel.grouped_matmul(x.to(self.x_dtype), self.packed, counts).to(x.dtype)
+
+    def rows(self, index: Tensor) -> QTensor:
+        """The output rows `index` (int64 [R]) as a quantized weight. Raises Unsupported where the kernel cannot."""
+        return self.kernel.rows(self.packed, index).with_act(None)
+
+    def qtensor(self) -> QTensor:
+        """The exact weight that was packed, with the activations of the checkpoint, not those chosen for the device."""
+        return self.kernel.unpack(self.packed).with_act(self.stored_act)
+
+    def extra_repr(self) -> str:
+        """Scheme, kernel and precision, for `print(model)`."""
+        p = self._packed
+        experts = f"experts={p.experts}, " if p.experts else ""
+        return f"{experts}in={p.k}, out={p.n}, {p.spec}, kernel={self.kernel.name}, runs={self.executed}"
+
+    @property
+    def executed(self) -> str:
+        """The scheme that really runs: W4A16, W4A8, ..."""
+        p = self._packed
+        return self.kernel.executed(Problem(p.n, p.k, p.spec, self.x_dtype, None, p.experts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        """Moves buffers but never casts them: `.half()` would change scales under the kernel."""
+
+        def moved(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out if out.dtype == t.dtype else t.to(out.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
