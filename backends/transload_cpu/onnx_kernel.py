@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from math import isfinite
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from transload.hal import Device, Kernel, Packed, Problem
 from transload.quant import Grid, QTensor
 from transload_cpu.onnx_layout import BLOCKS, block_size, lay_out
 from transload_cpu.onnx_session import Session
-from transload_cpu.storage import pack_tight, rows, unpack_tight
+from transload_cpu.storage import gather, pack_tight, rows, unpack_tight
 
 CODES_PER_SESSION = (
     1 << 23
@@ -57,6 +58,10 @@ class OnnxKernel(Kernel):
     def unpack(self, p: Packed) -> QTensor:
         """The exact inverse of `pack`."""
         return unpack_tight(p)
+
+    def rows(self, p: Packed, index: Tensor) -> QTensor:
+        """Output rows `index` of a packed linear."""
+        return gather(p, index)
 
     def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
         """x [M, K] times w.T plus bias [N]: [M, N] in x's dtype."""
@@ -102,6 +107,9 @@ def _multiply(x: Tensor, sessions: list[Session], w: Packed, bias: Tensor | None
         return x.new_empty(0, w.n)
     x32 = x.float().contiguous()
     y = sessions[0].run(x32) if len(sessions) == 1 else torch.cat([s.run(x32) for s in sessions], dim=1)
+    if w.spec.act and not isfinite(x32.sum().item()):
+        # Quantizing to int8 hides NaN and infinity; they must stay visible in their rows. The sum finds them in one pass.
+        y.masked_fill_(~x32.isfinite().all(1, keepdim=True), torch.nan)
     if bias is not None:
         y += bias
     return y.to(x.dtype)

@@ -38,6 +38,11 @@ def rows(p: Packed, start: int, stop: int, expert: int | None = None) -> QTensor
     return _unpacked(p, {name: t if name == "g_idx" else t[start:stop] for name, t in whole.items()})
 
 
+def gather(p: Packed, index: Tensor) -> QTensor:
+    """Output rows `index` (int64 [R]) as a plain linear: an embedding's lookup."""
+    return _unpacked(p, {name: t if name == "g_idx" else t[index] for name, t in p.tensors.items()})
+
+
 def _unpacked(p: Packed, tensors: Mapping[str, Tensor]) -> QTensor:
     codes = bits.unpack(tensors["codes"], p.spec.bits, p.k)
     return QTensor(p.spec, codes, tensors["scales"], tensors.get("zeros"), tensors.get("mins"), tensors.get("g_idx"))
