@@ -1,6 +1,8 @@
 """A checkpoint of any format, opened lazily: headers now, numbers when they are asked for.
 
-with no model hub, no model code:   transload.open("Qwen3-8B-AWQ")["model.layers.0.mlp.up_proj"].spec
+>>> checkpoint = transload.open("Qwen3-8B-AWQ")
+>>> checkpoint["model.layers.0.mlp.up_proj"].spec.group_size
+128
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ CARRIED = (
 class Checkpoint:
     """One model on disk.
 
-    path: what was opened. source: its stored tensors. format: who reads them. config: config.json as it is.
-    entries: everything in it by Hugging Face name, quantized linears by module name, other tensors by their own.
+    path: what was opened. source: its stored tensors. format: who reads them. config: config.json, or what the
+    container says in its place. entries: everything in it by Hugging Face name, quantized linears by module name, other
+    tensors by their own.
     """
 
     def __init__(self, source: Source, format: Format) -> None:
@@ -88,6 +91,10 @@ class Checkpoint:
         if entry.spec is not None:
             raise ConfigError(f"{self.path}: {shown(entry.name)} is quantized: decode it")
         return self.format.read(self.source, entry)
+
+    def contained_files(self) -> dict[str, bytes]:
+        """Files by name that the container itself holds: tokenizer and settings of a GGUF file."""
+        return self.format.files(self.source)
 
     def carried_files(self) -> list[Path]:
         """Tokenizer, chat template, generation and processor settings, licence: what a port copies as it is."""

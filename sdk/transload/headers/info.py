@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import Repr
+
+_SHORT = Repr()  # never builds the text of a whole large value
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,6 @@ class TensorInfo:
 
 def shown(value: object, limit: int = 120) -> str:
     """A value from a file, fit for a message: one printable line of at most `limit` characters and quotes."""
-    text = value[: limit + 1] if isinstance(value, str) else repr(value)
+    text = value[: limit + 1] if isinstance(value, str) else _SHORT.repr(value)
     text = text if text.isprintable() else ascii(text)[1:-1]
     return "'" + (text if len(text) <= limit else text[: limit - 3] + "...") + "'"
