@@ -108,7 +108,7 @@ def _multiply(x: Tensor, sessions: list[Session], w: Packed, bias: Tensor | None
     x32 = x.float().contiguous()
     y = sessions[0].run(x32) if len(sessions) == 1 else torch.cat([s.run(x32) for s in sessions], dim=1)
     if w.spec.act and not isfinite(x32.sum().item()):
-        # Quantizing to int8 hides NaN and infinity; they must stay visible in their rows. The sum finds them in one pass.
+        # Quantizing to int8 hides NaN and infinity; they must stay visible in their rows. A sum finds them quickly.
         y.masked_fill_(~x32.isfinite().all(1, keepdim=True), torch.nan)
     if bias is not None:
         y += bias
