@@ -12,9 +12,12 @@ _HOMES = {
     "TransloadError": "transload.errors",
     "ActSpec": "transload.quant",
     "Checkpoint": "transload.checkpoint",
+    "PortReport": "transload.porting",
     "QTensor": "transload.quant",
     "QuantSpec": "transload.quant",
     "open": "transload.checkpoint",
+    "port": "transload.porting",
+    "verify": "transload.porting",
 }
 
 __all__ = sorted(_HOMES)

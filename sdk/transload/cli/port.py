@@ -11,7 +11,7 @@ from transload.cli import app
 from transload.cli.show import byte_progress, print_json, size, table
 
 if TYPE_CHECKING:
-    from transload.port import PortReport
+    from transload.porting import PortReport
 
 
 @app.command()
@@ -27,7 +27,7 @@ def port(
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Writes the same numbers in another format. Refuses what the format cannot hold unless --requantize is given."""
-    from transload.port import port as run_port
+    from transload.porting import port as run_port
 
     with byte_progress("porting", quiet=json) as update:
         report = run_port(source, target, to=to, requantize=requantize, overwrite=overwrite, progress=update)
@@ -44,12 +44,12 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Re-opens two checkpoints and compares every module's numbers. Exit code 1 when they differ."""
-    from transload.verify import verify as compare
+    from transload.porting import verify as compare
 
     with byte_progress("comparing", quiet=json) as update:
         found = compare(left, right, progress=update)
     if json:
-        print_json(found)
+        print_json(found.to_json())
     else:
         print(found)
     if not found.equal:
