@@ -7,6 +7,7 @@ import torch
 from transload.errors import ConfigError
 from transload.formats.awq import Awq, AwqGemv, AwqGemvFast
 from transload.formats.base import Entry, Format, Json, Source
+from transload.formats.bitsandbytes import BitsAndBytes
 from transload.formats.compressed_tensors import CompressedTensors
 from transload.formats.gguf import Gguf
 from transload.formats.gptq import Gptq, GptqV2
@@ -24,6 +25,7 @@ FORMATS: tuple[Format, ...] = (
     Awq(),
     AwqGemv(),
     AwqGemvFast(),
+    BitsAndBytes(),
     MsModelSlim(),
     Plain(),
 )
