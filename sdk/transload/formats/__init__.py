@@ -9,6 +9,7 @@ from transload.formats.awq import Awq, AwqGemv, AwqGemvFast
 from transload.formats.base import Entry, Format, Json, Source
 from transload.formats.bitsandbytes import BitsAndBytes
 from transload.formats.compressed_tensors import CompressedTensors
+from transload.formats.fp8 import Fp8
 from transload.formats.gguf import Gguf
 from transload.formats.gptq import Gptq, GptqV2
 from transload.formats.msmodelslim import MsModelSlim
@@ -26,6 +27,7 @@ FORMATS: tuple[Format, ...] = (
     AwqGemv(),
     AwqGemvFast(),
     BitsAndBytes(),
+    Fp8(),
     MsModelSlim(),
     Plain(),
 )
