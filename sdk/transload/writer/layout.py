@@ -47,7 +47,7 @@ class Shard:
 def lay_out(
     plan: Plan, max_shard_bytes: int = MAX_SHARD_BYTES, stem: str = "model"
 ) -> tuple[list[Shard], dict[str, Slot]]:
-    """The shards of a plan and the slot of every tensor.
+    """The shards of a plan and the slot of every tensor, in the plan's order.
 
     Shards follow the plan's order and hold at most `max_shard_bytes` of tensors (one larger tensor has a shard of its
     own); inside a shard wide elements come first, so that every tensor is aligned to its element. One shard is called
@@ -68,7 +68,7 @@ def lay_out(
             slots[name] = Slot(file, position, nbytes, *plan[name])
             position += nbytes
         shards.append(Shard(file, header, position))
-    return shards, slots
+    return shards, {name: slots[name] for name in plan}
 
 
 _Stored: TypeAlias = tuple[str, tuple[int, ...], int]  # safetensors' dtype and shape, bytes

@@ -179,7 +179,7 @@ class Writer:
 
     def _claim(self, name: str) -> Path:
         taken = {shard.file for shard in self._shards} | self._others | {JOURNAL, self._index}
-        if name in taken or Path(name).name != name:
+        if not name or name in taken or Path(name).name != name:
             raise ConfigError(f"{self.path}: {shown(name)} is taken or is no plain file name")
         self._others.add(name)
         return self.partial / name
