@@ -62,11 +62,8 @@ class Awq(Format):
         return awq_decode(source, entry)
 
     def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
-        """4 bits, integer zero points, 16-bit scales and activations, groups that divide K, N a multiple of 8.
-
-        Symmetric weights are held with their zero points written out: they read back as zeros of 8.
-        """
-        reason = integer_limits(spec, shape, (4,), (Zero.CODES, Zero.MIDPOINT), (torch.float16, torch.bfloat16))
+        """4 bits, zero points written out, 16-bit scales and activations, groups that divide K, N a multiple of 8."""
+        reason = integer_limits(spec, shape, (4,), (Zero.CODES,), (torch.float16, torch.bfloat16))
         reason = reason or weights_only(spec) or positional(spec) or divided(spec, shape[1])
         return reason or self._alignment(spec, *shape)
 
@@ -221,7 +218,8 @@ def _unpack_outputs(words: Tensor, n: int) -> Tensor:
 
 
 def _zeros(w: QTensor) -> Tensor:
-    return w.zeros if w.zeros is not None else torch.full_like(w.scales, w.spec.midpoint, dtype=torch.uint8)
+    assert w.zeros is not None  # cannot_hold asks for them
+    return w.zeros
 
 
 def _fast_positions() -> Tensor:

@@ -32,7 +32,7 @@ from transload.formats.limits import listed, positional, shape_limits, weights_o
 from transload.formats.rules import commonest
 from transload.headers.info import shown
 from transload.headers.jsonfile import parse_json
-from transload.quant import PER_CHANNEL, SCALE_DTYPES, Grid, QTensor, QuantSpec, Zero
+from transload.quant import PER_CHANNEL, Grid, QTensor, QuantSpec, Zero
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _GRIDS = {"nf4": Grid.NF4, "fp4": Grid.FP4}
@@ -68,10 +68,10 @@ class BitsAndBytes(Format):
             return _decode_int8(source, entry) if entry.spec.bits == 8 else _decode_4bit(source, entry)
 
     def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
-        """NF4 and FP4 in blocks that divide K; scales widen to float32, which is exact."""
+        """NF4 and FP4 with float32 scales, in blocks that divide K."""
         if spec.grid not in _GRIDS.values():
             return f"it writes codes of nf4 or fp4, not {spec.grid.value}"
-        reason = shape_limits(spec, shape, SCALE_DTYPES) or weights_only(spec) or positional(spec)
+        reason = shape_limits(spec, shape, (torch.float32,)) or weights_only(spec) or positional(spec)
         size = shape[-1] if spec.group_size == PER_CHANNEL else spec.group_size
         if reason is None and size not in BLOCKSIZES:
             return f"its blocks have {listed(BLOCKSIZES)} values, not {size}"
@@ -81,7 +81,7 @@ class BitsAndBytes(Format):
 
     def encode(self, name: str, w: QTensor) -> dict[str, Tensor]:
         """weight, absmax, quant_map and quant_state of one module."""
-        return {**_codes_and_map(name, w), **_absmax_and_state(name, w, w.scales.float().flatten(), {})}
+        return {**_codes_and_map(name, w), **_absmax_and_state(name, w, w.scales.flatten(), {})}
 
     def finish(self, specs: Mapping[str, QuantSpec], floats: Mapping[str, tuple[int, ...]]) -> dict[str, Json]:
         """The quantization_config as transformers writes it."""
@@ -94,7 +94,7 @@ def encode_double(name: str, w: QTensor) -> dict[str, Tensor]:
 
     This rounds the scales to 8 bits, so what `decode` reads back is another weight: whoever asks reports the error.
     """
-    scales = w.scales.float().flatten()
+    scales = w.scales.flatten()
     offset = scales.mean()
     centred = torch.nn.functional.pad(scales - offset, (0, -len(scales) % _NESTED_BLOCK)).reshape(-1, _NESTED_BLOCK)
     absmax, codebook = centred.abs().amax(1), dynamic_map()
@@ -141,7 +141,7 @@ class _State:
     def group_size(self) -> int:
         """The longest run inside a row whose values always share a block, -1 for whole rows."""
         size = gcd(self.k, self.blocksize)
-        return PER_CHANNEL if size == self.k else size
+        return PER_CHANNEL if size == self.k < self.blocksize else size
 
 
 def _state(source: Source, module: str, kind: str) -> _State:

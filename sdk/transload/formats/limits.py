@@ -31,9 +31,7 @@ def shape_limits(spec: QuantSpec, shape: tuple[int, ...], scales: tuple[torch.dt
     if len(shape) != 2:
         return f"it stores one linear [N, K] at a time, not a stack of shape {shape}; split the experts first"
     if spec.scale_dtype not in scales:
-        return (
-            f"it stores {listed(map(dtype_name, scales))} scales, and {dtype_name(spec.scale_dtype)} would be rounded"
-        )
+        return f"it stores {listed(map(dtype_name, scales))} scales, not {dtype_name(spec.scale_dtype)}"
     return None
 
 

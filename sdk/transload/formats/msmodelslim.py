@@ -29,7 +29,7 @@ from transload.formats.base import Entry, Format, Json, Source, naming
 from transload.formats.limits import divided, integer_limits, positional
 from transload.headers import TensorInfo
 from transload.headers.info import shown
-from transload.quant import PER_CHANNEL, SCALE_DTYPES, ActSpec, QTensor, QuantSpec, Zero
+from transload.quant import PER_CHANNEL, ActSpec, QTensor, QuantSpec, Zero
 
 DESCRIPTION = "quant_model_description.json"
 VERSION = "1.0.0"
@@ -80,14 +80,16 @@ class MsModelSlim(Format):
         return w
 
     def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
-        """4 or 8 bits; scales widen to float32, which is exact. Dynamic int8 activations ask for symmetric weights."""
+        """4 or 8 bits with float32 scales. Dynamic int8 activations ask for symmetric weights."""
         zeros = (Zero.MIDPOINT,) if spec.act else (Zero.MIDPOINT, Zero.CODES)
-        reason = integer_limits(spec, shape, (4, 8), zeros, SCALE_DTYPES) or positional(spec) or divided(spec, shape[1])
+        reason = (
+            integer_limits(spec, shape, (4, 8), zeros, (torch.float32,)) or positional(spec) or divided(spec, shape[1])
+        )
         return reason or _activation_limits(spec) or _alignment(spec, *shape)
 
     def encode(self, name: str, w: QTensor) -> dict[str, Tensor]:
         """The tensors that the table at the top of this file lists for the weight's type."""
-        scales = w.scales.float()
+        scales = w.scales
         offsets = torch.zeros_like(scales) if w.zeros is None else w.zeros.float() - w.spec.midpoint
         parts = {"weight": _packed(w), "weight_scale": scales, "weight_offset": offsets}
         if _type(w.spec) == "W4A8_DYNAMIC":
