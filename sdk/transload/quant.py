@@ -304,5 +304,5 @@ def _check_g_idx(g_idx: Tensor, w: QTensor) -> None:
     groups = w.spec.groups(w.k)
     if g_idx.dtype != torch.int32 or tuple(g_idx.shape) != (w.k,):
         raise FormatError(f"g_idx is {g_idx.dtype} {tuple(g_idx.shape)}, expected int32 ({w.k},)")
-    if w.k and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
+    if w.k and not g_idx.is_meta and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
         raise FormatError(f"g_idx spans {int(g_idx.min())}..{int(g_idx.max())}, but there are {groups} groups")
