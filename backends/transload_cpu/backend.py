@@ -8,6 +8,7 @@ import torch
 
 from transload.hal import Device, Kernel, Serving
 from transload_cpu.device import host
+from transload_cpu.native_kernel import NATIVE_KERNELS, NativePortable
 from transload_cpu.onnx_kernel import OnnxKernel
 from transload_cpu.reference_kernel import ReferenceKernel
 
@@ -16,7 +17,7 @@ class CpuBackend:
     """The host processor, always there."""
 
     name = "cpu"
-    kernels: Sequence[Kernel] = (OnnxKernel(), ReferenceKernel())
+    kernels: Sequence[Kernel] = (*NATIVE_KERNELS, OnnxKernel(), NativePortable(), ReferenceKernel())
     # vLLM's CPU build loads 4-bit weights in these formats; see its list of quantization methods, version 0.32.
     serving = Serving(engine="vllm", visible_devices=None, formats=("compressed-tensors", "gptq", "awq", "plain"))
 

@@ -24,8 +24,6 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (
     *_AVX2,
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"),
-    # gcc 12 takes the undefined values inside its own intrinsics for mistakes (gcc bug 105593).
-    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
 _FLAGS = {
     "kernel_avx2.cpp": _AVX2,
@@ -65,7 +63,7 @@ def build(output: Path = LIBRARY, extra: tuple[str, ...] = (), machine: str | No
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         built = output.with_name(f".{output.name}.{os.getpid()}")
-        _run([*compiler, "-shared", *openmp, *extra, *map(str, objects), "-o", str(built)])
+        _run([*compiler, "-shared", *openmp, *_static_runtime(compiler), *extra, *map(str, objects), "-o", str(built)])
     built.replace(output)
     return output
 
@@ -84,6 +82,11 @@ def _openmp(compiler: list[str], folder: Path) -> list[str]:
     command = [*compiler, "-fopenmp", str(probe), "-o", str(folder / "openmp_probe")]
     found = subprocess.run(command, capture_output=True, check=False)
     return ["-fopenmp"] if found.returncode == 0 else []
+
+
+def _static_runtime(compiler: list[str]) -> list[str]:
+    """Flags that put the C++ runtime inside, so that the library also loads where an older one is installed."""
+    return [] if "clang" in compiler[0] or sys.platform == "darwin" else ["-static-libstdc++", "-static-libgcc"]
 
 
 def _run(command: list[str]) -> None:

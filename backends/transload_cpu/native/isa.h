@@ -32,7 +32,7 @@ struct Isa {
   void (*store_row)(const float *out, const float *bias, int n, void *y, int64_t at, int32_t dtype);
 
   // Around every parallel region, on every thread; null when there is nothing to do.
-  void (*enter)();
+  void (*enter)(const Plan &plan);
   void (*leave)();
 };
 

@@ -52,11 +52,10 @@ struct Side {
   __m256i minus_zero;    // pairs of int16 (-zero, 0), multiplied with the row sums
 };
 
-template <int BITS>
 inline Side load_side(const tl_geometry &g, const Panel &panel, int64_t at) {
   const __m256i lower_half = _mm256_set1_epi32(0xffff);
   Side s{load_floats(panel.scales, at, g.scale_dtype), _mm256_setzero_ps(),
-         _mm256_and_si256(_mm256_set1_epi32(-(1 << (BITS - 1))), lower_half)};
+         _mm256_and_si256(_mm256_set1_epi32(-g.midpoint), lower_half)};
   if (g.zero == TL_ZERO_CODES) {
     const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(panel.zeros + at)));
     s.minus_zero = _mm256_and_si256(_mm256_sub_epi32(_mm256_setzero_si256(), zero), lower_half);
@@ -105,7 +104,7 @@ void multiply_half(const Plan &p, const Panel &panel, const Tile &tile, int half
     const int64_t side = s * p.rows, group = s / p.segments_per_group * kPanel + half * kHalf;
 #pragma GCC unroll 2
     for (int v = 0; v < 2; v++) {
-      const Side w = load_side<BITS>(g, panel, group + v * 8);
+      const Side w = load_side(g, panel, group + v * 8);
       auto total = [&](int r) {
         if (!whole_zeros) return sum[r][v];
         const __m256i row_sum = _mm256_set1_epi32(tile.sum[side + r]);

@@ -3,23 +3,14 @@
 // Few rows are bound by reading weights, many rows by the two multiply ports; both run the same loop, with the weights
 // unpacked in registers. With few rows there are registers to spare: the two nibbles of a byte get sums of their own,
 // which makes the chains of dependent instructions shorter and leaves the high nibbles where they are, times 16.
-#include <immintrin.h>
-
 #include <utility>
 
-#include "row_math.h"
+#include "side_512.h"
 
 namespace transload {
 namespace {
 
 constexpr int kRows = 12;  // 12 rows * 2 vectors = 24 sums, leaving 8 of the 32 registers for operands
-
-inline __m512 load_floats(const uint8_t *from, int64_t at, int32_t dtype) {
-  if (dtype == TL_FLOAT32) return _mm512_loadu_ps(from + at * 4);
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + at * 2));
-  if (dtype == TL_FLOAT16) return _mm512_cvtph_ps(halves);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
 
 inline __m512i broadcast_four(const int8_t *q) {
   int32_t four;
@@ -27,32 +18,12 @@ inline __m512i broadcast_four(const int8_t *q) {
   return _mm512_set1_epi32(four);
 }
 
-// Scale and zero of 16 outputs in one group.
-struct Side {
-  __m512 scale, offset;  // offset is added times the moment
-  __m512i minus_zero;    // pairs of int16 (-zero, 0), multiplied with the row sums
-};
-
-template <int BITS>
-inline Side load_side(const tl_geometry &g, const Panel &panel, int64_t at) {
-  Side s{load_floats(panel.scales, at, g.scale_dtype), _mm512_setzero_ps(), _mm512_set1_epi32((-(1 << (BITS - 1))) & 0xffff)};
-  if (g.zero == TL_ZERO_CODES) {
-    const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(panel.zeros + at)));
-    s.minus_zero = _mm512_and_si512(_mm512_sub_epi32(_mm512_setzero_si512(), zero), _mm512_set1_epi32(0xffff));
-  } else if (g.zero == TL_ZERO_FLOATS) {
-    s.offset = _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), s.scale), load_floats(panel.zeros, at, g.scale_dtype));
-  } else if (g.zero == TL_ZERO_MINS) {
-    s.offset = load_floats(panel.zeros, at, g.scale_dtype);
-  }
-  return s;
-}
-
 template <int ROWS, int BITS, bool SPLIT>
 void multiply_rows(const Plan &p, const Panel &panel, const Tile &tile, float *out) {
   constexpr bool APART = ROWS <= 4;  // separate sums for both halves of the 8 inputs
   constexpr int TOKENS = SPLIT ? ROWS / 2 : ROWS, STEP = BITS * kPanel;
   const tl_geometry &g = p.weight->geometry;
-  const bool whole_zeros = g.zero == TL_ZERO_MIDPOINT || g.zero == TL_ZERO_CODES;
+  const bool whole = whole_zeros(g);
   const __m512i low_mask = _mm512_set1_epi8(15), high_mask = _mm512_set1_epi8(static_cast<char>(0xf0));
   const int64_t stride = int64_t(p.rows) * 8, kp = p.weight->kp;
   __m512 y[TOKENS][2];
@@ -95,11 +66,11 @@ void multiply_rows(const Plan &p, const Panel &panel, const Tile &tile, float *o
     const int64_t side = s * p.rows;
 #pragma GCC unroll 2
     for (int t = 0; t < 2; t++) {
-      const Side w = load_side<BITS>(g, panel, group * kPanel + t * kHalf);
+      const Side w = load_side(g, panel, group * kPanel + t * kHalf);
       auto total = [&](int r) {
         __m512i sum = low[r][t];
         if (APART) sum = _mm512_add_epi32(sum, BITS == 4 ? _mm512_srai_epi32(high[r][t], 4) : high[r][t]);
-        return whole_zeros ? _mm512_dpwssd_epi32(sum, w.minus_zero, _mm512_set1_epi32(tile.sum[side + r])) : sum;
+        return whole ? _mm512_dpwssd_epi32(sum, w.minus_zero, _mm512_set1_epi32(tile.sum[side + r])) : sum;
       };
 #pragma GCC unroll 12
       for (int m = 0; m < TOKENS; m++) {
@@ -108,7 +79,7 @@ void multiply_rows(const Plan &p, const Panel &panel, const Tile &tile, float *o
         if (SPLIT) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 7), total(r + 1));
         const __m512 scale = _mm512_mul_ps(w.scale, _mm512_set1_ps(tile.scale[side + r]));
         y[m][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, y[m][t]);
-        if (!whole_zeros) y[m][t] = _mm512_fmadd_ps(w.offset, _mm512_set1_ps(tile.moment[side + r]), y[m][t]);
+        if (!whole) y[m][t] = _mm512_fmadd_ps(w.offset, _mm512_set1_ps(tile.moment[side + r]), y[m][t]);
       }
     }
     if (--until_next_group == 0) group++, until_next_group = p.segments_per_group;

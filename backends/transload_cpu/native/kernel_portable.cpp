@@ -33,7 +33,7 @@ void scale_segment(const Plan &p, const Panel &panel, const Tile &tile, int64_t 
   for (int j = 0; j < kPanel; j++) {
     const float scale = read_float(panel.scales, group + j, g.scale_dtype);
     const bool whole = g.zero == TL_ZERO_MIDPOINT || g.zero == TL_ZERO_CODES;
-    const int32_t zero = g.zero == TL_ZERO_CODES ? panel.zeros[group + j] : whole ? 1 << (g.bits - 1) : 0;
+    const int32_t zero = g.zero == TL_ZERO_CODES ? panel.zeros[group + j] : whole ? g.midpoint : 0;
     float offset = 0;
     if (g.zero == TL_ZERO_FLOATS) offset = -scale * read_float(panel.zeros, group + j, g.scale_dtype);
     if (g.zero == TL_ZERO_MINS) offset = read_float(panel.zeros, group + j, g.scale_dtype);

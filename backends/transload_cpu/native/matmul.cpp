@@ -176,7 +176,7 @@ void run(const Work &w) {
   const int64_t items = static_cast<int64_t>(w.bands.size()) * w.chunks;
 #pragma omp parallel num_threads(w.threads)
   {
-    if (w.isa->enter) w.isa->enter();
+    if (w.isa->enter) w.isa->enter(w.plan);
 #pragma omp for schedule(static)
     for (int64_t slot = 0; slot < slots; slot++) quantize_slot(w, slot);
 #pragma omp for schedule(dynamic, 1)

@@ -32,7 +32,7 @@ typedef enum {
 typedef enum { TL_FLOAT32 = 0, TL_BFLOAT16 = 1, TL_FLOAT16 = 2 } tl_dtype;
 
 typedef enum {
-  TL_ZERO_MIDPOINT = 0, // 2^(bits-1) for every group
+  TL_ZERO_MIDPOINT = 0, // tl_geometry.midpoint for every group
   TL_ZERO_CODES = 1,    // uint8 per group
   TL_ZERO_FLOATS = 2,   // a zero point of the scales' type per group
   TL_ZERO_MINS = 3      // an offset of the scales' type per group
@@ -52,10 +52,12 @@ typedef struct {
   int64_t n, k;       // out and in features
   int64_t group_size; // a multiple of 8, or -1 for one group per output
   int64_t experts;    // 1 for a plain linear
-  int32_t bits;       // 4 or 8
-  int32_t zero;       // tl_zero
-  int32_t scale_dtype;// tl_dtype, of scales, float zeros and mins
-  int32_t act_order;  // 1 when a permutation of the inputs is stored
+  int32_t bits;        // 4 or 8: the room of a code; narrower codes are held in the next wider room
+  int32_t zero;        // tl_zero
+  int32_t midpoint;    // 0..255, with TL_ZERO_MIDPOINT only
+  int32_t scale_dtype; // tl_dtype, of scales, float zeros and mins
+  int32_t act_order;   // 1 when a permutation of the inputs is stored
+  int32_t reserved;    // 0
 } tl_geometry;
 
 // The instruction sets that this machine can run, as a bit mask. Asks the kernel for AMX tiles once.
@@ -78,6 +80,11 @@ TL_API int32_t tl_describe(const void *packed, int64_t packed_bytes, tl_geometry
 // The exact inverse of tl_pack; zeros and order may be null where the weight has none.
 TL_API int32_t tl_unpack(const void *packed, int64_t packed_bytes, uint8_t *codes, void *scales, void *zeros,
                          int32_t *order, int32_t threads);
+
+// Outputs index[0] .. index[count - 1] of a plain linear, in the order asked for: the lookup of a tied embedding.
+// codes [count, k], scales and zeros [count, groups]; order as in tl_unpack.
+TL_API int32_t tl_rows(const void *packed, int64_t packed_bytes, const int64_t *index, int64_t count, uint8_t *codes,
+                       void *scales, void *zeros, int32_t *order);
 
 // The weight as floats [experts, n, k] of `dtype`, in the original order of inputs.
 TL_API int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int32_t dtype, void *out, int32_t threads);

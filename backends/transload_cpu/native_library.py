@@ -1,0 +1,127 @@
+"""The native library: found, loaded through ctypes, and spoken to in its C types (native/transload_native.h)."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_int32, c_int64, c_uint32, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from transload.errors import BackendError, ConfigError
+
+LAYOUT_VERSION = 1
+ENABLE = "python -m transload_cpu.build_native"  # the one command that adds the kernels to an installed package
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PORTABLE, AVX2, AVX_VNNI, AVX512_VNNI, AMX_INT8, NEON_DOTPROD = range(6)
+
+_OUT_OF_MEMORY = 5
+_REASONS = {
+    1: "the weight's sizes or types are not ones that the native kernels hold",
+    2: "the packed weight is truncated, damaged, or of another version",
+    3: "the arguments contradict each other",
+    4: "this processor lacks the kernel's instructions",
+}
+
+
+class Geometry(ctypes.Structure):
+    """tl_geometry: what a packed weight is."""
+
+    _fields_ = (
+        ("n", c_int64),
+        ("k", c_int64),
+        ("group_size", c_int64),
+        ("experts", c_int64),
+        ("bits", c_int32),
+        ("zero", c_int32),
+        ("midpoint", c_int32),
+        ("scale_dtype", c_int32),
+        ("act_order", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class Product(ctypes.Structure):
+    """tl_product: one call of matmul."""
+
+    _fields_ = (
+        ("packed", c_void_p),
+        ("packed_bytes", c_int64),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("m", c_int64),
+        ("counts", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("act_group", c_int64),
+        ("act_bits", c_int32),
+        ("x_dtype", c_int32),
+        ("isa", c_int32),
+        ("threads", c_int32),
+    )
+
+
+_SIGNATURES = {
+    "tl_packed_bytes": (POINTER(Geometry), POINTER(c_int64)),
+    "tl_pack": (POINTER(Geometry), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
+    "tl_describe": (c_void_p, c_int64, POINTER(Geometry)),
+    "tl_unpack": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
+    "tl_rows": (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
+    "tl_dequantize": (c_void_p, c_int64, c_int32, c_void_p, c_int32),
+    "tl_matmul": (POINTER(Product),),
+    "tl_layout_version": (),
+}
+
+
+@cache
+def load(path: Path | None = None) -> ctypes.CDLL:
+    """The library at `path` (where the build puts it) with its functions declared. Raises BackendError when it is not there or does not load.
+
+    torch is imported before, so that both share one OpenMP library and with it one pool of threads.
+    """
+    from transload_cpu.build_native import LIBRARY  # here, so that running that module does not import it twice
+
+    path = path or LIBRARY
+    if not path.exists():
+        raise BackendError(
+            f"the native kernels are not built; '{ENABLE}' builds them where a C++ compiler is installed"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise BackendError(f"the native kernels do not load ({e}); '{ENABLE}' builds them anew") from e
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, c_int32
+    library.tl_supported.argtypes, library.tl_supported.restype = (), c_uint32
+    found = library.tl_layout_version()
+    if found != LAYOUT_VERSION:
+        raise BackendError(f"the native kernels have layout {found}, expected {LAYOUT_VERSION}; '{ENABLE}' renews them")
+    return library
+
+
+@cache
+def unavailable() -> str | None:
+    """None when the library is loaded; otherwise why not, and the command that would help."""
+    try:
+        load()
+    except BackendError as e:
+        return str(e)
+    return None
+
+
+@cache
+def supported(isa: int) -> bool:
+    """Whether this processor can run the kernels of an instruction set."""
+    return unavailable() is None and bool(load().tl_supported() >> isa & 1)
+
+
+def check(status: int, what: str) -> None:
+    """Raises the error of a status that is not 0; `what` is what was asked, a noun."""
+    if status == 0:
+        return
+    if status == _OUT_OF_MEMORY:
+        raise BackendError(f"native {what}: out of memory")
+    raise ConfigError(f"native {what}: {_REASONS.get(status, f'status {status}')}")
