@@ -14,7 +14,7 @@ from transload.hal import Device, Kernel, Packed, Problem
 from transload.quant import Grid, QTensor
 from transload_cpu.onnx_layout import BLOCKS, block_size, lay_out
 from transload_cpu.onnx_session import Session
-from transload_cpu.storage import gather, pack_tight, rows, unpack_tight
+from transload_cpu.storage import pack_tight, take_rows, unpack_tight
 
 CODES_PER_SESSION = (
     1 << 23
@@ -60,8 +60,8 @@ class OnnxKernel(Kernel):
         return unpack_tight(p)
 
     def rows(self, p: Packed, index: Tensor) -> QTensor:
-        """Output rows `index` of a packed linear."""
-        return gather(p, index)
+        """Output rows `index` (int64 [R]); only these are unpacked."""
+        return take_rows(p, index)
 
     def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
         """x [M, K] times w.T plus bias [N]: [M, N] in x's dtype."""
@@ -99,7 +99,7 @@ class OnnxKernel(Kernel):
 def _build(w: Packed, expert: int | None) -> list[Session]:
     step = max(CODES_PER_SESSION // max(w.k, 1), 1)
     cuts = range(0, w.n, step)
-    return [Session(lay_out(rows(w, n, min(n + step, w.n), expert)), w.spec.act is not None) for n in cuts]
+    return [Session(lay_out(take_rows(w, slice(n, n + step), expert)), w.spec.act is not None) for n in cuts]
 
 
 def _multiply(x: Tensor, sessions: list[Session], w: Packed, bias: Tensor | None) -> Tensor:

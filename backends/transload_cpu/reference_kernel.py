@@ -10,7 +10,7 @@ from torch import Tensor
 from transload import reference
 from transload.hal import Device, Kernel, Packed, Problem
 from transload.quant import PER_CHANNEL, QTensor
-from transload_cpu.storage import gather, pack_tight, unpack_tight
+from transload_cpu.storage import pack_tight, take_rows, unpack_tight
 
 
 class ReferenceKernel(Kernel):
@@ -43,8 +43,8 @@ class ReferenceKernel(Kernel):
         return unpack_tight(p)
 
     def rows(self, p: Packed, index: Tensor) -> QTensor:
-        """Output rows `index` of a packed linear."""
-        return gather(p, index)
+        """Output rows `index` (int64 [R]); only these are unpacked."""
+        return take_rows(p, index)
 
     def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
         """x [M, K] times w.T plus bias [N]: [M, N] in x's dtype, computed in float32 or in exact integer sums."""

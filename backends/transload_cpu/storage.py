@@ -32,15 +32,10 @@ def unpack_tight(p: Packed) -> QTensor:
     return _unpacked(p, p.tensors)
 
 
-def rows(p: Packed, start: int, stop: int, expert: int | None = None) -> QTensor:
-    """Output rows start .. stop - 1 (of one expert) as a plain linear; only these rows are unpacked."""
+def take_rows(p: Packed, which: slice | Tensor, expert: int | None = None) -> QTensor:
+    """Output rows `which` (of one expert) as a plain linear; only these rows are unpacked."""
     whole = p.tensors if expert is None else {n: t if n == "g_idx" else t[expert] for n, t in p.tensors.items()}
-    return _unpacked(p, {name: t if name == "g_idx" else t[start:stop] for name, t in whole.items()})
-
-
-def gather(p: Packed, index: Tensor) -> QTensor:
-    """Output rows `index` (int64 [R]) as a plain linear: an embedding's lookup."""
-    return _unpacked(p, {name: t if name == "g_idx" else t[index] for name, t in p.tensors.items()})
+    return _unpacked(p, {name: t if name == "g_idx" else t[which] for name, t in whole.items()})
 
 
 def _unpacked(p: Packed, tensors: Mapping[str, Tensor]) -> QTensor:

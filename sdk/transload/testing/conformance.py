@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from transload.hal import Backend, Device, Kernel, backends
+from transload.errors import NoBackend
+from transload.hal import Backend, BrokenBackend, Device, Kernel, backends
 from transload.testing.cases import CASES, Case
 from transload.testing.run import run_case
 
@@ -68,7 +69,15 @@ def coverage(backend: str | Backend, device: Device | None = None, cases: Sequen
 
 
 def _found(backend: str | Backend) -> Backend:
-    return backends()[backend] if isinstance(backend, str) else backend
+    """The backend; one that is not installed or does not load is an error here, never a row of skipped tests."""
+    if not isinstance(backend, str):
+        return backend
+    found = backends().get(backend)
+    if found is None:
+        raise NoBackend(f"no backend '{backend}' is installed; there are {', '.join(sorted(backends()))}")
+    if isinstance(found, BrokenBackend):
+        raise NoBackend(f"backend '{backend}': {found.unavailable()}")
+    return found
 
 
 def _runs(backend: Backend, device: Device, cases: Sequence[Case]) -> Iterator[_Run]:
