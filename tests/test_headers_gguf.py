@@ -28,6 +28,7 @@ from containers import (
 )
 from transload.errors import FormatError
 from transload.headers import read_gguf_header
+from transload.source import open_source
 
 F4 = record("w", (4,), GGML_F32, 0)
 DATA = bytes(16)
@@ -169,3 +170,40 @@ def test_every_block_type_of_the_package_has_its_size(tmp_path: Path) -> None:
         info = read_gguf_header(put(tmp_path / "a.gguf", data)).tensors["w"]
         assert (info.dtype, info.shape, info.nbytes) == (kind.name, (3, block * 2), nbytes * 6)
     assert package.GGML_QUANT_SIZES[package.GGMLQuantizationType(GGML_Q4_K)] == (256, 144)
+
+
+def part(number: int, count: int, name: str) -> bytes:
+    pairs = [pair("split.no", 2, struct.pack("<H", number)), pair("split.count", 2, struct.pack("<H", count))]
+    return gguf(pairs, [record(name, (4,), GGML_F32, 0)], struct.pack("<4f", *[number] * 4))
+
+
+def test_a_split_model_is_read_from_its_first_part(tmp_path: Path) -> None:
+    paths = [put(tmp_path / f"m-{i + 1:05d}-of-00003.gguf", part(i, 3, f"t{i}")) for i in range(3)]
+    for place in (paths[0], tmp_path):
+        source = open_source(place)
+        assert {name: info.file for name, info in source.infos.items()} == dict(
+            zip(("t0", "t1", "t2"), paths, strict=True)
+        )
+        assert source.read("t2").tolist() == [2.0] * 4
+    with pytest.raises(FormatError, match=r"m-00002-of-00003\.gguf: is part 2 of 3; give the first, m-00001-of-00003"):
+        read_gguf_header(paths[1])
+
+
+SPLITS = {
+    "part missing": ({0: part(0, 2, "a")}, "m-00002-of-00002.gguf: cannot be read: No such file"),
+    "tensor in two parts": ({0: part(0, 2, "a"), 1: part(1, 2, "a")}, "tensor 'a' is also in m-00001-of-00002.gguf"),
+    "other part": ({0: part(0, 2, "a"), 1: part(0, 2, "b")}, "says that it is part 1 of 2"),
+    "whole model as a part": ({0: part(0, 2, "a"), 1: gguf()}, "says that it is part 1 of 1"),
+    "other count": ({0: part(0, 3, "a")}, "is part 1 of 3, its name should end so: -00001-of-00003.gguf"),
+    "impossible number": ({0: part(5, 2, "a")}, "part '5' of '2', counted from 0, cannot be"),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_a_broken_split_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    parts, words = SPLITS[case]
+    for i, data in parts.items():
+        put(tmp_path / f"m-{i + 1:05d}-of-00002.gguf", data)
+    with pytest.raises(FormatError) as e:
+        read_gguf_header(tmp_path / "m-00001-of-00002.gguf")
+    assert words in str(e.value)

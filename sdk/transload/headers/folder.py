@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from transload.errors import FormatError
-from transload.headers.gguf import MAGIC, read_gguf_header
+from transload.headers.gguf import MAGIC, read_gguf_header, split_name
 from transload.headers.info import TensorInfo, shown
 from transload.headers.jsonfile import read_json
 from transload.headers.safetensors import read_safetensors_header
@@ -83,7 +83,7 @@ def find_index(folder: Path) -> Path | None:
 def _weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder without an index."""
     files = sorted(folder.glob("*.safetensors"))
-    ggufs = sorted(folder.glob("*.gguf"))
+    ggufs = [p for p in sorted(folder.glob("*.gguf")) if (split_name(p) or ("", 1, 1))[1] == 1]  # of a split: the first
     if folder / MAIN_FILE in files:
         return [folder / MAIN_FILE]
     if files:

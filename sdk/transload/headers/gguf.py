@@ -12,8 +12,9 @@ bytes that are left before it is believed, and vocabularies are stepped over, no
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -61,7 +62,7 @@ class GgufMetadata(Mapping[str, object]):
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says before its data. alignment and data_start are bytes."""
+    """What a GGUF file says before its data. alignment and data_start are bytes and belong to the file at `path`."""
 
     path: Path
     version: int
@@ -74,9 +75,15 @@ class GgufHeader:
 def read_gguf_header(path: str | Path) -> GgufHeader:
     """Metadata and tensors of a GGUF file; shapes in torch's order, dtypes by ggml's name (Q4_K, F32).
 
+    Of a split model give the first part: the tensors of all parts are returned, each with its own file.
     Raises FormatError naming file and tensor when anything contradicts the format or lies outside the file.
     """
-    path = Path(path)
+    header = _read_one(Path(path))
+    count = _split(header)[1]
+    return header if count <= 1 else replace(header, tensors=_joined(header, count))
+
+
+def _read_one(path: Path) -> GgufHeader:
     data = _map(path)
     cursor = Cursor(data, 4, str(path))
     version = _version(path, cursor)
@@ -182,6 +189,42 @@ def _place(
             raise FormatError(f"{path}: tensor {shown(info.name)} overlaps {shown(previous)}")
         position, previous = info.end, info.name
     return tensors
+
+
+def _split(header: GgufHeader) -> tuple[int, int]:
+    """The number of this part, from 0, and the number of parts; (0, 1) for a whole model."""
+    number, count = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1)
+    if type(number) is not int or type(count) is not int or not 0 <= number < max(count, 1) <= 99_999:
+        raise FormatError(f"{header.path}: part {shown(number)} of {shown(count)}, counted from 0, cannot be")
+    return number, count
+
+
+def _joined(first: GgufHeader, count: int) -> dict[str, TensorInfo]:
+    """The tensors of all parts of a split model, which lie side by side and are named x-00001-of-0000n.gguf."""
+    name, path = split_name(first.path), first.path
+    number = _split(first)[0]
+    if name is None or name[1:] != (number + 1, count):
+        raise FormatError(
+            f"{path}: is part {number + 1} of {count}, its name should end so: -00001-of-{count:05d}.gguf"
+        )
+    parts = [path.with_name(f"{name[0]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    if number:
+        raise FormatError(f"{path}: is part {number + 1} of {count}; give the first, {parts[0].name}")
+    tensors = dict(first.tensors)
+    for i, part in enumerate(parts[1:], 1):
+        header = _read_one(part)
+        if _split(header) != (i, count):
+            raise FormatError(f"{part}: says that it is part {_split(header)[0] + 1} of {_split(header)[1]}")
+        for twice in tensors.keys() & header.tensors.keys():
+            raise FormatError(f"{part}: tensor {shown(twice)} is also in {tensors[twice].file.name}")
+        tensors |= header.tensors
+    return tensors
+
+
+def split_name(path: Path) -> tuple[str, int, int] | None:
+    """Name, number from 1 and count of a split model's part (x-00001-of-00003.gguf), None for other files."""
+    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    return None if match is None else (match[1], int(match[2]), int(match[3]))
 
 
 @cache
