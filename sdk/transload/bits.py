@@ -52,20 +52,30 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _pack_eights(codes: Tensor, bits: int) -> Tensor:
-    """Widths that straddle bytes: eight codes are exactly `bits` bytes, gathered in an int64."""
-    eights = -(-codes.shape[-1] // 8)
-    lanes = _padded(codes, eights * 8).reshape(*codes.shape[:-1], eights, 8).long()
-    shifts = torch.arange(8, device=codes.device) * bits
-    words = (lanes << shifts).sum(-1, keepdim=True)
-    return words.view(torch.uint8)[..., :bits].reshape(*codes.shape[:-1], eights * bits)
+    """Widths that straddle bytes: eight codes are exactly `bits` bytes. Code i goes into the byte where its bits begin,
+    and what does not fit there (shifted out of the uint8) into the next one."""
+    lanes = _padded(codes, -(-codes.shape[-1] // 8) * 8)
+    out = [torch.zeros_like(lanes[..., 0::8]) for _ in range(bits)]
+    for i in range(8):
+        byte, shift = divmod(bits * i, 8)
+        lane = lanes[..., i::8]
+        out[byte] |= lane << shift
+        if shift + bits > 8:
+            out[byte + 1] |= lane >> (8 - shift)
+    return torch.stack(out, dim=-1).flatten(-2)
 
 
 def _unpack_eights(data: Tensor, bits: int) -> Tensor:
     eights = -(-data.shape[-1] // bits)
-    rows = _padded(data, eights * bits).reshape(*data.shape[:-1], eights, bits)
-    words = _padded(rows, 8).contiguous().view(torch.int64)
-    shifts = torch.arange(8, device=data.device) * bits
-    return ((words >> shifts) & ((1 << bits) - 1)).to(torch.uint8).reshape(*data.shape[:-1], eights * 8)
+    data = _padded(data, eights * bits)
+    out = torch.empty(*data.shape[:-1], eights * 8, dtype=torch.uint8, device=data.device)
+    for i in range(8):
+        byte, shift = divmod(bits * i, 8)
+        lane = data[..., byte::bits] >> shift
+        if shift + bits > 8:
+            lane |= data[..., byte + 1 :: bits] << (8 - shift)
+        out[..., i::8] = lane & ((1 << bits) - 1)
+    return out
 
 
 def _padded(t: Tensor, length: int) -> Tensor:
