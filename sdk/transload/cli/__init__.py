@@ -55,4 +55,4 @@ def main() -> None:
         raise SystemExit(0) from None
 
 
-from transload.cli import devices, inspect, port  # noqa: E402, F401  (each file adds its commands to `app`)
+from transload.cli import devices, inspect, port, run  # noqa: E402, F401  (each file adds its commands to `app`)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from transload.cli import app
-from transload.cli.show import pairs, print_json, size, table
+from transload.cli.show import pairs, print_json, short_role, size, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,17 +51,13 @@ def _summary(found: Inspection) -> dict[str, str]:
 def _modules(found: Inspection, every: bool) -> Table:
     large = [g for g in found.groups if every or len(g.shape) > 1]
     rows = [
-        (_short(g.role), g.scheme, " x ".join(map(str, g.shape)), str(g.count), size(g.stored_bytes)) for g in large
+        (short_role(g.role), g.scheme, " x ".join(map(str, g.shape)), str(g.count), size(g.stored_bytes)) for g in large
     ]
     rest = [g for g in found.groups if g not in large]
     if rest:
         count, total = sum(g.count for g in rest), sum(g.stored_bytes for g in rest)
         rows.append(("[dim]norms and biases (--all)[/]", "float", "", str(count), size(total)))
     return table(("module", "scheme", "shape", ">count", ">bytes"), rows, "modules")
-
-
-def _short(role: str) -> str:
-    return role.removeprefix("model.")
 
 
 def _verdicts(title: str, verdicts: tuple[Verdict, ...]) -> Table:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from transload.cli import app
-from transload.cli.show import byte_progress, print_json, size, table
+from transload.cli.show import byte_progress, print_json, short_role, size, table
 
 if TYPE_CHECKING:
-    from transload.porting import PortReport
+    from rich.console import Console
+    from rich.table import Table
+
+    from transload.porting import Moved, PortReport
 
 
 @app.command()
@@ -21,20 +24,40 @@ def port(
     to: Annotated[str, typer.Option("--to", help="The format to write, for example compressed-tensors.")],
     requantize: Annotated[
         str | None,
-        typer.Option(help="Scheme for modules that the format cannot hold exactly, for example int4-g128. Lossy."),
+        typer.Option(
+            help="Lossy: the scheme for modules that the format cannot hold, int4-g128, int4-g32-asym, int8-channel-a8."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the target if it exists.")] = False,
+    requantize_all: Annotated[bool, typer.Option(help="Lossy: give every quantized module that scheme.")] = False,
+    floats: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16 for quantized tensors that the target keeps in float (embeddings).")
+    ] = "fp32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a port that was killed.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="One row for every module.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Writes the same numbers in another format. Refuses what the format cannot hold unless --requantize is given."""
     from transload.porting import port as run_port
 
     with byte_progress("porting", quiet=json) as update:
-        report = run_port(source, target, to=to, requantize=requantize, overwrite=overwrite, progress=update)
+        report = run_port(
+            source,
+            target,
+            to,
+            requantize=requantize,
+            requantize_all=requantize_all,
+            floats=floats,
+            overwrite=overwrite,
+            resume=resume,
+            progress=update,
+        )
     if json:
         print_json(report.to_json())
-    else:
-        _print_report(report)
+        return
+    from rich.console import Console
+
+    _print_report(Console(), report, modules)
 
 
 @app.command()
@@ -56,8 +79,38 @@ def verify(
         raise typer.Exit(1)
 
 
-def _print_report(report: PortReport) -> None:
-    from rich.console import Console
+def _print_report(console: Console, report: PortReport, every: bool) -> None:
+    from rich.markup import escape
 
-    Console().print(table(("module", "from", "to"), []))
-    print(size(0), report)
+    console.print(_modules(report, every))
+    rate = report.bytes_before / max(report.seconds, 1e-9)
+    proof = "[green]every number is exact[/]" if report.exact else "[yellow]some numbers changed, see above[/]"
+    console.print(
+        f"[bold]{escape(report.target)}[/]: {size(report.bytes_before)} -> {size(report.bytes_after)} in "
+        f"{report.seconds:.1f} s ({size(rate)}/s); {report.carried} float tensors and {len(report.files)} files "
+        f"carried; read back and compared: {proof}"
+    )
+    for note in report.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    console.print()
+    answers = [
+        (a.engine, "[red]no[/]", escape(a.reason or ""))
+        if a.command is None
+        else (a.engine, "[green]yes[/]", escape(a.command))
+        for a in report.engines
+    ]
+    console.print(table(("engine", "", "command, or why not"), answers))
+
+
+def _modules(report: PortReport, every: bool) -> Table:
+    groups: dict[tuple[str, str, str, str], list[Moved]] = {}
+    for m in report.modules:
+        role = m.name if every else short_role(m.name)
+        groups.setdefault((role, m.source, m.target, m.action), []).append(m)
+    rows = []
+    for (role, source, target, action), moved in groups.items():
+        changed = [m.difference for m in moved if m.difference is not None]
+        worst = min((d.sqnr_db for d in changed), default=None)
+        how = f"[green]{action}, exact[/]" if worst is None else f"[yellow]{action}, SQNR {worst:.1f} dB[/]"
+        rows.append((role, source, target, how, str(len(moved))))
+    return table(("module", "from", "to", "how", ">count"), rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -51,6 +52,11 @@ def pairs(rows: Mapping[str, str]) -> Table:
     for name, value in rows.items():
         out.add_row(f"[dim]{name}[/]", value)
     return out
+
+
+def short_role(name: str) -> str:
+    """A module's name for tables: numbers as *, without the leading "model."."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name).removeprefix("model.")
 
 
 @contextmanager
