@@ -41,7 +41,10 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     data = words.contiguous().view(torch.uint8)
     if data.shape[-1] * 8 < count * bits:
         raise ValueError(f"{data.shape[-1]} bytes hold fewer than {count} codes of {bits} bits")
-    if 8 % bits == 0:
+    if bits == 4:  # the common width, without the strided writes: a byte 0xHL becomes the pair 0x0H0L
+        pairs = data.to(torch.int16)
+        out = ((pairs | pairs << 4) & 0x0F0F).view(torch.uint8)
+    elif 8 % bits == 0:
         lanes, mask = 8 // bits, (1 << bits) - 1
         out = torch.empty(*data.shape[:-1], data.shape[-1] * lanes, dtype=torch.uint8, device=data.device)
         for lane in range(lanes):
