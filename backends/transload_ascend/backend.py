@@ -8,13 +8,17 @@ import torch
 
 from transload.hal import Device, Kernel, Serving
 from transload_ascend.device import devices, missing
+from transload_ascend.experts import GroupedW4A8, GroupedW4A16, GroupedW8A8
+from transload_ascend.w4a8 import W4A8
+from transload_ascend.w4a16 import W4A16, W4A16NZ
+from transload_ascend.w8a8 import W8A8
 
 
 class AscendBackend:
     """Huawei Ascend NPUs through torch_npu and CANN."""
 
     name = "ascend"
-    kernels: Sequence[Kernel] = ()
+    kernels: Sequence[Kernel] = (W4A8(), W4A16(), W4A16NZ(), W8A8(), GroupedW4A8(), GroupedW4A16(), GroupedW8A8())
     # vllm-ascend 0.23 loads msModelSlim's own folders and some compressed-tensors schemes; no AWQ and no GPTQ.
     serving = Serving(
         engine="vllm-ascend",

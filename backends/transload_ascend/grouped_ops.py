@@ -100,6 +100,23 @@ def grouped_w8a8(
     return y
 
 
+def grouped_int8_sums(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """The exact sums x @ weight expert by expert: int8 [M, K], int8 [E, K, N] -> int32 [M, N]."""
+    call = _call(x, weight, 1, None, torch.int32, _CUMULATIVE, counts)
+    check(grouped.OPERATOR, grouped.INT8_SUMS_LIMITS, call)
+    with vendor(grouped.OPERATOR) as npu:
+        sums: Tensor = npu.npu_grouped_matmul(
+            [x],
+            [weight],
+            group_list=counts.cumsum(0),
+            group_list_type=_CUMULATIVE,
+            split_item=_ONE_OUTPUT,
+            group_type=_BY_ROWS,
+            output_dtype=torch.int32,
+        )[0]
+    return sums
+
+
 def grouped_w4a8_swiglu(
     x: Tensor, weight: Tensor, scale: Tensor, scale_bias: Tensor, token_scale: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -158,7 +175,7 @@ def _call(
     x: Tensor,
     weight: Tensor,
     lanes: int,
-    scale: Tensor,
+    scale: Tensor | None,
     output_dtype: torch.dtype,
     list_type: int,
     counts: Tensor,
@@ -178,9 +195,9 @@ def _call(
         weight_dims=weight.dim(),
         weight_k=weight.shape[-2],
         weight_contiguous=weight.is_contiguous(),
-        scale_dtype=scale.dtype,
-        scale_shape=tuple(scale.shape),
-        groups=scale.shape[1] if scale.dim() == 3 else 1,
+        scale_dtype=None if scale is None else scale.dtype,
+        scale_shape=None if scale is None else tuple(scale.shape),
+        groups=scale.shape[1] if scale is not None and scale.dim() == 3 else 1,
         output_dtype=output_dtype,
         list_type=list_type,
         list_dtype=counts.dtype,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transload import bits
-from transload.quant import QTensor, Zero
+from transload.quant import QTensor, QuantSpec, Zero
 
 LANES = 8  # int4 values in an int32
 CUBE = 16  # rows of a FRACTAL_NZ block
@@ -21,6 +21,11 @@ NEGATIVE = 8  # the bit that tells an unsigned code from a two's complement nibb
 
 _FP19 = 0xFFFFE000  # the sign, exponent and 10 mantissa bits that int64 scales keep
 _FP19_FLAG = 1 << 46
+
+
+def group_length(spec: QuantSpec, k: int) -> int:
+    """Neighbouring K that share a scale."""
+    return k if spec.groups(k) == 1 else spec.group_size
 
 
 def int4pack(codes: Tensor) -> Tensor:
@@ -67,6 +72,16 @@ def to_nz(matrix: Tensor) -> Tensor:
 def from_nz(blocks: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse of `to_nz`: [..., C1, R1, 16, C0] -> [..., rows, columns]."""
     return blocks.movedim(-4, -2).flatten(-2).flatten(-3, -2)[..., :rows, :columns].contiguous()
+
+
+def signed8(codes: Tensor) -> Tensor:
+    """Unsigned 8-bit codes with midpoint 128 as int8 values: uint8 [...] -> int8 [...]."""
+    return (codes ^ 0x80).view(torch.int8)
+
+
+def unsigned8(values: Tensor) -> Tensor:
+    """The inverse of `signed8`: int8 [...] -> uint8 codes [...]."""
+    return values.view(torch.uint8) ^ 0x80
 
 
 def scale_bits(scales: Tensor) -> Tensor:

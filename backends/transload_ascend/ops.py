@@ -17,7 +17,7 @@ from transload_ascend.limits import check, tensors, weight_quant
 from transload_ascend.limits import quant_matmul as qm
 from transload_ascend.products import product_here
 
-FRACTAL_NZ = 29
+PLAIN, FRACTAL_NZ = 2, 29  # storage formats
 LANES = 8
 
 
@@ -182,6 +182,13 @@ def to_nz_int4(weight: Tensor) -> Tensor:
     with vendor("npu_format_cast") as npu:
         npu.npu.config.allow_internal_format = True  # off by default: the cast would then do nothing
         cast: Tensor = npu.npu_format_cast(data, FRACTAL_NZ)
+    return cast.view(torch.int32)
+
+
+def from_nz_int4(weight: Tensor) -> Tensor:
+    """The inverse of `to_nz_int4`: an int32 weight stored as FRACTAL_NZ, in plain order again."""
+    with vendor("npu_format_cast") as npu:
+        cast: Tensor = npu.npu_format_cast(weight.view(torch.int8), PLAIN)
     return cast.view(torch.int32)
 
 

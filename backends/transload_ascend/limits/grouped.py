@@ -33,8 +33,8 @@ class Call:
     n: int
     x_dtype: torch.dtype
     weight_dtype: torch.dtype
-    scale_dtype: torch.dtype
-    scale_shape: tuple[int, ...]
+    scale_dtype: torch.dtype | None
+    scale_shape: tuple[int, ...] | None
     output_dtype: torch.dtype
     groups: int = 1
     x_dims: int = 2
@@ -126,11 +126,17 @@ W4A8_LIMITS: tuple[Limit[Call], ...] = (
           lambda c: (c.bias_dtype, c.bias_shape) == (torch.float32, (c.experts, c.n)), ("bias_dtype", "bias_shape")),
 )  # fmt: skip
 
-W8A8_LIMITS: tuple[Limit[Call], ...] = (
+INT8_SUMS_LIMITS: tuple[Limit[Call], ...] = (
     *_ALL,
     Limit("x-dtype", "x is int8", _DOC + ", table 2", lambda c: c.x_dtype == torch.int8, ("x_dtype",)),
     Limit("weight-dtype", "the weight is int8", _DOC + ", table 2", lambda c: c.weight_dtype == torch.int8,
           ("weight_dtype",)),
+    Limit("output-dtype", "the sums are int32", _DOC + "; VA moe_mlp.py", lambda c: c.output_dtype == torch.int32,
+          ("output_dtype",)),
+)  # fmt: skip
+
+W8A8_LIMITS: tuple[Limit[Call], ...] = (
+    *(limit for limit in INT8_SUMS_LIMITS if limit.name != "output-dtype"),
     Limit("scale-dtype", "the scale is bfloat16 for bfloat16 output and float32 for float16 output", _DOC + ", table 2",
           lambda c: (c.scale_dtype, c.output_dtype) in _W8A8_SCALES,
           ("scale_dtype", "output_dtype")),

@@ -108,6 +108,7 @@ def grouped_matmul(
     four_bit = stacked.dtype == torch.int32
     values = storage.read_int4(stacked) if four_bit else storage.read_int8(stacked)
     y = torch.full((rows.shape[0], values.shape[-1]), GARBAGE, dtype=torch.float32)
+    whole = torch.full(y.shape, GARBAGE, dtype=torch.int32)  # float32 does not hold every sum
     for e, part in _experts(group_list, group_list_type, rows.shape[0]):
         if antiquant_scale is not None:
             groups = antiquant_scale[0][e].reshape(-1, values.shape[-1])
@@ -118,12 +119,16 @@ def grouped_matmul(
         elif four_bit:
             sums = _a8w4(rows[part], values[e], _bits(scale[0][e])) + bias[0][e].float()
             y[part] = sums * per_token_scale[0][part].float().unsqueeze(-1)
+        elif scale is None:
+            sums = _exact(rows[part], values[e])
+            assert dtype == torch.int32
+            whole[part] = sums.int()
         else:
             sums = _exact(rows[part], values[e]).float() * scale[0][e].float()
             y[part] = sums * per_token_scale[0][part].float().unsqueeze(-1)
     if rows.dtype == torch.int8 and four_bit:
         rows.fill_(GARBAGE)  # the int8 x int4 operator works in place (test_npu_grouped_matmul.py)
-    return [y.to(dtype)]
+    return [whole if dtype == torch.int32 else y.to(dtype)]
 
 
 @simulates("npu_grouped_matmul_swiglu_quant_v2")
@@ -203,8 +208,8 @@ def convert_weight_to_int4pack(weight: Tensor, inner_k_tiles=0):
 
 @simulates("npu_format_cast")
 def format_cast(x: Tensor, acl_format, customize_dtype=None, input_dtype=None):
-    assert acl_format == storage.FRACTAL_NZ
-    return storage.cast_to_nz(x)
+    assert acl_format in (storage.ND, storage.FRACTAL_NZ)
+    return storage.cast_to_nz(x) if acl_format == storage.FRACTAL_NZ else storage.read_int8(x).clone()
 
 
 @simulates("get_npu_format")
