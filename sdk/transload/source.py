@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transload.errors import FormatError, Unsupported
 from transload.formats.base import Json, Source
+from transload.formats.onnx_source import OnnxSource
 from transload.headers import (
     GgufHeader,
     TensorInfo,
@@ -97,11 +98,13 @@ class GgufSource:
 
 
 def open_source(path: str | Path) -> Source:
-    """The stored tensors at a path: a .safetensors file, a .gguf file, or a folder that holds either.
+    """The stored tensors at a path: a .safetensors, .gguf or .onnx file, or a folder that holds one of the first two.
 
-    Only headers and config.json are read. Raises FormatError as `headers.read_headers` does.
+    Only headers, graphs and config.json are read. Raises FormatError as `headers.read_headers` does.
     """
     path = Path(path)
+    if path.suffix == ".onnx" and path.is_file():
+        return OnnxSource(path)
     files = checkpoint_files(path)
     return GgufSource(files[0]) if is_gguf(files[0]) else SafetensorsSource(path)
 

@@ -14,11 +14,13 @@ from transload.formats.gguf import Gguf
 from transload.formats.gptq import Gptq, GptqV2
 from transload.formats.msmodelslim import MsModelSlim
 from transload.formats.neutral import Neutral
+from transload.formats.onnx import Onnx
 from transload.formats.plain import Plain
 
 # The order of detection: formats that say their name first, plain last because it is what declares nothing.
 FORMATS: tuple[Format, ...] = (
     Gguf(),
+    Onnx(),
     Neutral(),
     CompressedTensors(),
     Gptq(),
