@@ -227,6 +227,16 @@ def test_the_source_is_out_of_reach(tmp_path: Path) -> None:
     assert contents(source) == before
 
 
+def test_the_current_folder_and_its_parent_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert Writer(".", {}).partial == tmp_path / "a" / "b.partial"
+    with pytest.raises(OutputExists, match="is no checkpoint folder"):
+        Writer("..", {}, overwrite=True)
+    with pytest.raises(ConfigError, match="is no place for a checkpoint"):
+        Writer("/", {}, overwrite=True)
+
+
 def test_a_disk_without_room_is_found_before_writing(tmp_path: Path) -> None:
     with pytest.raises(TransloadError, match=r"needs \d+ bytes, the disk has \d+ bytes free"):
         Writer(tmp_path / "out", {"a": (torch.float32, (1 << 50,))}).__enter__()

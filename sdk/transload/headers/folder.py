@@ -54,7 +54,7 @@ def _located(path: Path) -> tuple[list[Path], Path | None, dict[str, str]]:
             return [path], None, {}
     except OSError as e:
         raise FormatError(f"{path}: cannot be read: {e.strerror or e}") from e
-    raise FormatError(f"{path}: no such file or folder")
+    raise FormatError(f"{path}: no such file or folder; a model of a hub is downloaded first, then its folder is given")
 
 
 def is_gguf(path: Path) -> bool:

@@ -20,6 +20,15 @@ def os_errors(path: Path) -> Iterator[None]:
         raise TransloadError(f"{path}: cannot be written: {e.strerror or e}") from e
 
 
+def named(path: Path) -> Path:
+    """The path ending in the folder's own name, which "." and ".." do not. Raises ConfigError for a root."""
+    if path.name in ("", ".."):
+        path = Path(os.path.abspath(path))
+    if not path.name:
+        raise ConfigError(f"{path}: is no place for a checkpoint; give a folder")
+    return path
+
+
 def check_apart(target: Path, source: Path) -> None:
     """Refuses a target that is the source's folder, contains it, or lies in it. Raises ConfigError."""
     folder = source if source.is_dir() else source.parent

@@ -21,7 +21,7 @@ from transload.headers.info import shown
 from transload.writer.journal import NAME as JOURNAL
 from transload.writer.journal import Journal
 from transload.writer.layout import MAX_SHARD_BYTES, Plan, Shard, Slot, lay_out
-from transload.writer.place import check_apart, check_free, check_space, os_errors, sync_folder, take_name
+from transload.writer.place import check_apart, check_free, check_space, named, os_errors, sync_folder, take_name
 
 _SYNC_BYTES = 256 << 20
 
@@ -61,7 +61,7 @@ class Writer:
         equal (source, its size and time, options). stem: name of the weight files. sync_bytes: a killed run loses at
         most about this much finished work. Raises OutputExists or ConfigError.
         """
-        self.path = Path(path)
+        self.path = named(Path(path))
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.finished: frozenset[str] = frozenset()
         self._shards, self._slots = lay_out(plan, max_shard_bytes, stem)
