@@ -10,7 +10,7 @@ from typing import TypeVar
 F = TypeVar("F", bound=Hashable)
 
 # Engines fuse linears that share an input, and ask the rules for the fused name.
-_FUSED = {
+FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
@@ -51,7 +51,7 @@ def _pattern(name: str) -> str:
 
 def _fused(fates: Mapping[str, F]) -> dict[str, F]:
     found: dict[str, F] = {}
-    for fused, members in _FUSED.items():
+    for fused, members in FUSED.items():
         for name in fates:
             parent, _, last = name.rpartition(".")
             if last != members[0]:
