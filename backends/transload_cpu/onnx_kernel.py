@@ -10,15 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from transload import reference
+from transload.errors import ConfigError
 from transload.hal import Device, Kernel, Packed, Problem
 from transload.quant import Grid, QTensor
 from transload_cpu.onnx_layout import BLOCKS, block_size, lay_out
 from transload_cpu.onnx_session import Session
 from transload_cpu.storage import pack_tight, take_rows, unpack_tight
 
-CODES_PER_SESSION = (
-    1 << 23
-)  # a larger weight is cut along N: building a session needs about 5 bytes a code for a moment
+# A larger weight is cut along N: building a session needs about 5 bytes a code for a moment.
+CODES_PER_SESSION = 1 << 23
 X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,12 +66,14 @@ class OnnxKernel(Kernel):
 
     def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
         """x [M, K] times w.T plus bias [N]: [M, N] in x's dtype."""
+        _check(x, w)
         return _multiply(x, self._sessions(w)[0], w, bias)
 
     def grouped_matmul(self, x: Tensor, w: Packed, counts: Tensor, bias: Tensor | None = None) -> Tensor:
         """Rows sorted by expert, counts int64 [E] rows each: [M, N] in x's dtype. Experts without rows cost nothing."""
+        _check(x, w)
         y, start = x.new_empty(x.shape[0], w.n), 0
-        for e, count in enumerate(counts.tolist()):
+        for e, count in enumerate(reference.rows_of_experts(counts, len(x), w.experts)):
             if count:
                 part = x[start : start + count]
                 y[start : start + count] = _multiply(
@@ -100,6 +103,12 @@ def _build(w: Packed, expert: int | None) -> list[Session]:
     step = max(CODES_PER_SESSION // max(w.k, 1), 1)
     cuts = range(0, w.n, step)
     return [Session(lay_out(take_rows(w, slice(n, n + step), expert)), w.spec.act is not None) for n in cuts]
+
+
+def _check(x: Tensor, w: Packed) -> None:
+    """x is handed over as an address, so its shape and place are checked here."""
+    if x.dim() != 2 or x.shape[1] != w.k or x.device.type != "cpu":
+        raise ConfigError(f"x is {tuple(x.shape)} on {x.device}, expected [M, {w.k}] on the CPU")
 
 
 def _multiply(x: Tensor, sessions: list[Session], w: Packed, bias: Tensor | None) -> Tensor:

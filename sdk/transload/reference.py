@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transload.errors import Unsupported
+from transload.errors import ConfigError, Unsupported
 from transload.quant import PER_CHANNEL, ActSpec, Grid, QTensor, QuantSpec, Zero
 
 
@@ -110,13 +110,21 @@ def grouped_matmul(x: Tensor, w: QTensor, counts: Tensor, bias: Tensor | None = 
     """Rows sorted by expert, each multiplied with its own expert's weight.
 
     x: float [M, K]; w: [E, N, K]; counts: int64 [E], rows of each expert, sum M, zeros allowed; bias: [E, N] or None.
-    Returns float32 [M, N].
+    Returns float32 [M, N]. Raises ConfigError when counts do not fit x and w.
     """
     parts = [
         matmul(rows, w.expert(e), None if bias is None else bias[e])
-        for e, rows in enumerate(torch.split(x, [int(c) for c in counts]))
+        for e, rows in enumerate(torch.split(x, rows_of_experts(counts, len(x), w.experts)))
     ]
     return torch.cat(parts)
+
+
+def rows_of_experts(counts: Tensor, m: int, experts: int | None) -> list[int]:
+    """counts as a list, checked: one number an expert, none negative, together the M rows of x. Raises ConfigError."""
+    rows: list[int] = counts.tolist()
+    if len(rows) != experts or min(rows, default=0) < 0 or sum(rows) != m:
+        raise ConfigError(f"counts {rows} for {experts} experts and {m} rows: give one an expert, together {m}")
+    return rows
 
 
 def _matmul_a8(x: Tensor, w: QTensor, act: ActSpec) -> Tensor:
