@@ -46,6 +46,7 @@ class OnnxSource:
         """Raises FormatError for files that are no ONNX model and initializers that contradict themselves."""
         self.path = path
         self.graph: Any = _load(path).graph
+        _check_names(path, self.graph)
         self._stored: dict[str, Any] = {}
         self.infos: Mapping[str, TensorInfo] = {}
         found: dict[str, TensorInfo] = {}
@@ -103,6 +104,17 @@ def _load(path: Path) -> Any:
         raise
     except Exception as e:  # protobuf raises classes of its own, which differ between its implementations
         raise FormatError(f"{path}: is no ONNX model: {shown(str(e))}") from e
+
+
+def _check_names(path: Path, graph: Any) -> None:
+    """Protobuf hands out bytes where a string is not UTF-8."""
+    names = [text for node in graph.node for text in (node.name, node.op_type, *node.input, *node.output)]
+    names += [attribute.name for node in graph.node for attribute in node.attribute]
+    for tensor in graph.initializer:
+        names += [tensor.name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))]
+    for name in names:
+        if not isinstance(name, str):
+            raise FormatError(f"{path}: the name {shown(name)} is not UTF-8")
 
 
 def _info(path: Path, tensor: Any) -> TensorInfo:
