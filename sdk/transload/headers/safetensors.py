@@ -65,7 +65,9 @@ def _header_bytes(path: Path, f: BinaryIO, size: int) -> bytes:
         raise FormatError(f"{path}: {size} bytes, too short for a safetensors file")
     length = int.from_bytes(f.read(8), "little")
     if length > MAX_HEADER:
-        raise FormatError(f"{path}: claims a header of {length} bytes, the format allows {MAX_HEADER}")
+        raise FormatError(
+            f"{path}: claims a header of {length} bytes, the format allows {MAX_HEADER}: not a safetensors file"
+        )
     if 8 + length > size:
         raise FormatError(f"{path}: claims a header of {length} bytes, but the file has {size} bytes: truncated")
     header = f.read(length)
