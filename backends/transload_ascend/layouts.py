@@ -119,7 +119,7 @@ def scale_bias(w: QTensor) -> Tensor:
     assert w.spec.zero is Zero.MIDPOINT
     assert w.g_idx is None
     groups = w.spec.groups(w.k)
-    size = -(-w.k // groups)
+    size = group_length(w.spec, w.k)
     codes = torch.nn.functional.pad(w.codes, (0, groups * size - w.k), value=w.spec.midpoint)
     sums = codes.reshape(*codes.shape[:-1], groups, size).sum(-1, dtype=torch.int64) - w.spec.midpoint * size
     return (8.0 * (sums.double() * w.scales.double()).sum(-1)).float()

@@ -159,7 +159,6 @@ SWIGLU_LIMITS: tuple[Limit[Call], ...] = (
     Limit("swiglu-n", "N, gate and up together, is at most 10240: expert widths up to 5120", _SWIGLU,
           lambda c: c.n <= 10240, ("n",)),
     Limit("swiglu-k", "K is below 20000", _SWIGLU, lambda c: c.k < 20000, ("k",)),
-    Limit("swiglu-even", "N is even: gate and up are equally wide", _SWIGLU, lambda c: c.n % 2 == 0, ("n",)),
     Limit("scale-dtype", "the scale is int64: float32 bits, zero-extended", _SWIGLU,
           lambda c: c.scale_dtype == torch.int64, ("scale_dtype",)),
     Limit("scale-shape", "the scale is [E, N] per channel, [E, G, N] per group", _SWIGLU,

@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transload_ascend import backend as real
-from transload_ascend.backend import AscendBackend
 
 from transload.hal import Device
+from transload_ascend import backend as real
+from transload_ascend.backend import AscendBackend
 
 
 @dataclass(frozen=True)

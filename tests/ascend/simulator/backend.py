@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch_npu
-from simulator import npu_ops
-from transload_ascend.backend import AscendBackend
 
+from simulator import npu_ops
 from transload.hal import Device
+from transload_ascend.backend import AscendBackend
 
 assert npu_ops  # importing it registers the operators
 torch_npu.npu._lazy_init = lambda: None  # initialises a device; only its product number is asked for here

@@ -1,24 +1,27 @@
 """The arithmetic of the operators, as documented, on CPU tensors that hold exactly the bytes a device would be given.
 
-Sources: op-plugin 517f2e7d, the operators' pages and the golden functions of test/test_custom_ops. Where a document says
-how a device rounds or accumulates, so does this file; what no document says (the order of sums in a matmul) it does in
-float32 or exactly. Importing this module registers everything; torch_npu must have been imported before.
+Sources: op-plugin 517f2e7d, the operators' pages and the golden functions of test/test_custom_ops. Where a document
+says how a device rounds or accumulates, so does this file; what no document says (the order of sums in a matmul) it
+does in float32 or exactly. Importing this module registers everything; torch_npu must have been imported before.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from simulator import storage
 from simulator.meta import simulates
-from torch import Tensor
 
 _DTYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 15: torch.bfloat16}  # c10::ScalarType
 GARBAGE = -86  # what an operator leaves where its result is undefined: nothing may depend on it
 
 
 @simulates("npu_dynamic_quant")
-def dynamic_quant(x: Tensor, smooth_scales=None, group_index=None, dst_type=None, quant_mode="pertoken", dst_type_max=0.0):
+def dynamic_quant(
+    x: Tensor, smooth_scales=None, group_index=None, dst_type=None, quant_mode="pertoken", dst_type_max=0.0
+):
     assert smooth_scales is None
     assert group_index is None
     assert dst_type in (None, 1)
@@ -235,8 +238,11 @@ def _exact(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _a8w4(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """int8 [M, K] x int4 [K, N] with scale float32 [G, N]: x is split into floor(x / 16) and (x & 15) - 8, every group's
-    product is scaled in float32, and the groups are added up in float16 (a8w4_quant_golden)."""
+    """int8 [M, K] x int4 [K, N], scale float32 [G, N] (a8w4_quant_golden).
+
+    x is split into floor(x / 16) and (x & 15) - 8; every group's product is scaled in float32, and the groups are added
+    up in float16.
+    """
     high, low = torch.div(x.int(), 16, rounding_mode="floor"), (x.int() & 15) - 8
     groups = scale.shape[0]
     length = weight.shape[0] // groups

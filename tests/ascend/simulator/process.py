@@ -1,7 +1,7 @@
 """Makes what the simulator needs on disk, and starts Python processes inside it.
 
-torch_npu is never installed beside torch: without CANN it makes every `import torch` of that environment fail. The wheel
-is unpacked into a folder of its own, and only the processes started here have that folder on their path.
+torch_npu is never installed beside torch: without CANN it makes every `import torch` of that environment fail. The
+wheel is unpacked into a folder of its own, and only the processes started here have that folder on their path.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
 from simulator import cann
 
 ROOT = Path(__file__).parents[3]
