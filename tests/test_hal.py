@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 from typing import ClassVar
 
@@ -118,11 +118,11 @@ def test_placing_moves_every_tensor_and_keeps_those_already_there() -> None:
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Backend]]:
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Backend]:
     """The backends that this test pretends are installed."""
     found: dict[str, Backend] = {}
     monkeypatch.setattr(hal, "backends", lambda: found)
-    yield found
+    return found
 
 
 def test_auto_prefers_an_accelerator_and_falls_back_to_the_cpu(installed: dict[str, Backend]) -> None:

@@ -82,7 +82,7 @@ def lay_out(w: QTensor) -> Layout:
         codes = codes + ((1 << (node_bits - 1)) - w.spec.midpoint)
     offsets = _offsets(w)
     if offsets is not None:
-        codes, scales, zeros = _with_sum_rows(codes, scales, zeros, group, node_bits)
+        codes, scales, zeros = _with_sum_rows(codes, scales, zeros, one_hot(group, len(offsets)).T.float(), node_bits)
     return Layout(
         n=w.n,
         k=w.k if columns is None else len(columns),
@@ -132,10 +132,9 @@ def _offsets(w: QTensor) -> Tensor | None:
 
 
 def _with_sum_rows(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, group: Tensor, node_bits: int
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, member: Tensor, node_bits: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Appends one row per group that sums x over the group."""
-    member = one_hot(group).T.float()
+    """Appends one row per group that sums x over the group; member [G, B] is 1 where a block is in a group."""
     zero = 0 if zeros is not None else 1 << (node_bits - 1)
     ones = torch.full((len(member), codes.shape[1]), zero + 1, dtype=torch.uint8)
     if zeros is not None:
