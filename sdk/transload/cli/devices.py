@@ -49,10 +49,31 @@ def _print_backend(console: Console, backend: Json) -> None:
         if not device["kernels"]:
             console.print("  no kernels yet\n")
             continue
-        names = [k["kernel"] for k in device["kernels"]]
-        probes = zip(*(k["problems"] for k in device["kernels"]), strict=True)
-        rows = [(row[0]["problem"], *("yes" if p["refusal"] is None else "[dim]-[/]" for p in row)) for row in probes]
-        console.print(table(("kernels", *names), rows))
+        console.print(table(("kernel", "", "takes, or why not"), [_kernel_row(k) for k in device["kernels"]]))
+        console.print(table(("asked for", "runs on"), _chosen(device["kernels"])))
+
+
+def _kernel_row(kernel: Json) -> tuple[str, str, str]:
+    """What one kernel takes; a reason that covers every problem is given once."""
+    from rich.markup import escape
+
+    takes = [p["problem"] for p in kernel["problems"] if p["refusal"] is None]
+    reasons = dict.fromkeys(p["refusal"] for p in kernel["problems"] if p["refusal"] is not None)
+    if not takes:
+        return kernel["kernel"], "[yellow]no[/]", escape("; ".join(reasons))
+    what = "everything below" if not reasons else ", ".join(takes)
+    return kernel["kernel"], "[green]yes[/]", escape(what)
+
+
+def _chosen(kernels: list[Json]) -> list[tuple[str, str]]:
+    """The first kernel that takes each problem: what would run."""
+    rows = []
+    for asked in zip(*(k["problems"] for k in kernels), strict=True):
+        taker = next(
+            (k["kernel"] for k, p in zip(kernels, asked, strict=True) if p["refusal"] is None), "[red]nothing[/]"
+        )
+        rows.append((asked[0]["problem"], taker))
+    return rows
 
 
 def _describe(backend: Backend) -> Json:
