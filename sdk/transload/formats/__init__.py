@@ -13,6 +13,7 @@ from transload.formats.fp8 import Fp8
 from transload.formats.gguf import Gguf
 from transload.formats.gptq import Gptq, GptqV2
 from transload.formats.msmodelslim import MsModelSlim
+from transload.formats.mx import GptOss, ModelOpt
 from transload.formats.neutral import Neutral
 from transload.formats.onnx import Onnx
 from transload.formats.plain import Plain
@@ -29,7 +30,9 @@ FORMATS: tuple[Format, ...] = (
     AwqGemv(),
     AwqGemvFast(),
     BitsAndBytes(),
+    ModelOpt(),
     Fp8(),
+    GptOss(),
     MsModelSlim(),
     Plain(),
 )

@@ -7,6 +7,7 @@
     int-quantized     weight            int8 [N, K]               signed codes, 4-bit ones too
                       weight_zero_point int8 [N, G]               asymmetric only
     float-quantized   weight            float8_e4m3fn [N, K]
+    mxfp4, nvfp4      weight_packed     uint8 [N, K/2]            see formats/mx.py
 
     word 0x37aa7755 = unsigned codes 5 5 7 7 10 10 7 3 = signed -3 -3 -1 -1 2 2 -1 -5
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from transload import bits
 from transload.errors import FormatError
-from transload.formats import stored
+from transload.formats import mx, stored
 from transload.formats.base import Entry, Format, Json, Source, naming
 from transload.formats.compressed_tensors_config import INT as INT_QUANTIZED
 from transload.formats.compressed_tensors_config import METHOD, Groups, Scheme, config_of, layout_of
@@ -51,7 +52,10 @@ class CompressedTensors(Format):
         groups, widths = Groups(source), _Widths(source)
         found = []
         for module in stored.modules(source, "weight_packed"):
-            found.append(_packed_entry(source, module, groups(module), widths))
+            if groups(module).type == "float":
+                found.append(mx.packed_entry(source, module))
+            else:
+                found.append(_packed_entry(source, module, groups(module), widths))
         for module in stored.modules(source, "weight_scale"):
             weight = source.infos.get(f"{module}.weight")
             if weight is not None and weight.dtype in ("I8", "F8_E4M3"):
@@ -61,6 +65,8 @@ class CompressedTensors(Format):
     def decode(self, source: Source, entry: Entry) -> QTensor:
         """Codes, scales and zero points, unpacked. Scales of a whole tensor or block are repeated for its rows."""
         assert entry.spec is not None
+        if entry.spec.grid is Grid.E2M1:
+            return mx.decode_packed(source, entry)
         module, spec, (n, k) = entry.name, entry.spec, entry.shape
         with naming(source, entry):
             scales = source.read(f"{module}.weight_scale")

@@ -69,9 +69,11 @@ class OnnxSource:
         if info is None:
             raise FormatError(f"{self.path}: no initializer {shown(name)}")
         data = self._bytes(info)
-        if info.dtype in ("U4", "I4"):
+        if info.dtype in ("U4", "I4") and data:
             values = bits.unpack(torch.frombuffer(data, dtype=torch.uint8), 4, prod(info.shape)).reshape(info.shape)
             return values if info.dtype == "U4" else ((values + 8) & 15).to(torch.int8) - 8
+        if not data:
+            return torch.empty(info.shape, dtype=_TORCH.get(info.dtype, torch.uint8))
         return torch.frombuffer(data, dtype=_TORCH[info.dtype]).reshape(info.shape)
 
     def json(self, name: str) -> Json | None:
