@@ -13,8 +13,7 @@ from transload.cli.show import byte_progress, print_json, size
 from transload.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transload.runtime.generate import Generation
-    from transload.runtime.report import Report
+    from transload.runtime import Generation, Report
 
 
 @app.command()

@@ -2,8 +2,8 @@
 
 The answer is read from the module's name alone, so that planning and porting can ask without building a model.
 Quantizers agree on these: a router decides which expert runs, so a small error there changes the whole layer; vision
-and audio towers and their projectors are small, run once per picture and lose visibly; heads and embeddings are the ends
-of the model, where errors are not averaged out.
+and audio towers and their projectors are small, run once per picture and lose visibly; heads and embeddings are the
+ends of the model, where errors are not averaged out.
 """
 
 from __future__ import annotations

@@ -5,6 +5,22 @@ Importing this package registers the quantization method "transload" with transf
 """
 
 from transload.runtime.config import TransloadConfig
+from transload.runtime.generation import Generation, generate, stream
+from transload.runtime.linear import QuantLinear
+from transload.runtime.loading import load
 from transload.runtime.quantizer import TransloadQuantizer
+from transload.runtime.reporting import Report, report
+from transload.runtime.tokenizers import tokenizer
 
-__all__ = ["TransloadConfig", "TransloadQuantizer"]
+__all__ = [
+    "Generation",
+    "QuantLinear",
+    "Report",
+    "TransloadConfig",
+    "TransloadQuantizer",
+    "generate",
+    "load",
+    "report",
+    "stream",
+    "tokenizer",
+]

@@ -7,7 +7,7 @@ request's fields then only say how the stored weights are to be run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
@@ -17,6 +17,8 @@ from transload.checkpoint import Checkpoint
 from transload.errors import ConfigError
 from transload.quant import PER_CHANNEL, SCALE_DTYPES, QuantSpec, Zero
 from transload.runtime.placement import SCHEMES
+
+Progress = Callable[[int, int], None]  # bytes of the checkpoint that are in place, of how many
 
 METHOD = "transload"
 _SMALLER_GROUPS = (128, 64, 32, 16)
@@ -68,7 +70,7 @@ class TransloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.device, self.quantize_head, self.scale_dtype = device, quantize_head, scale_dtype
         self.skip_modules = [*(skip_modules or ()), *(modules_to_not_convert or ())]
         self.version, self.schemes = version, schemes
-        self._checkpoint: Checkpoint | None = None
+        self._reading: tuple[Checkpoint | None, Progress | None] = (None, None)
         self._spec(group_size)  # raises ConfigError for impossible bits and groups
 
     def spec(self, k: int) -> QuantSpec:
@@ -86,14 +88,13 @@ class TransloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         zero = Zero.MIDPOINT if self.symmetric else Zero.CODES
         return QuantSpec(self.bits, group_size, zero=zero, scale_dtype=_DTYPES[self.scale_dtype])
 
-    def reading(self, checkpoint: Checkpoint) -> TransloadConfig:
-        """This configuration for a checkpoint of any format, whose quantized modules keep their numbers."""
-        self._checkpoint = checkpoint
-        return self
+    def reading(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
+        """Makes this the configuration for a checkpoint of any format, whose quantized modules keep their numbers."""
+        self._reading = (checkpoint, progress)
 
-    def take_checkpoint(self) -> Checkpoint | None:
-        """What `reading` was given, once: open files do not stay with a configuration that models keep and copy."""
-        taken, self._checkpoint = self._checkpoint, None
+    def take_reading(self) -> tuple[Checkpoint | None, Progress | None]:
+        """What `reading` was given, once: it does not stay with a configuration that models keep and copy."""
+        taken, self._reading = self._reading, (None, None)
         return taken
 
     @property

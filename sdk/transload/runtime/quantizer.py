@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: TransloadConfig, pre_quantized: bool = True, **unused: object) -> None:
         super().__init__(quantization_config, pre_quantized=pre_quantized)
-        self._checkpoint = quantization_config.take_checkpoint()
+        self._checkpoint, self._progress = quantization_config.take_reading()
         self.pre_quantized = quantization_config.stored or self._checkpoint is not None
         self._device_map: Mapping[str, Any] | None = None
         self._dtype = torch.float32
@@ -44,6 +45,7 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
         self._stored: StoredWeights | None = None
         self.kept: dict[str, str] = {}
         self.notes: dict[str, str] = {}
+        self.unused: list[str] = []
         self._conversions: list[WeightTransform] = []
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -86,16 +88,18 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         self._stored = StoredWeights(self._checkpoint or _open(checkpoint_files), model)
         self.kept = {name: f"stored quantized, used in float: {why}" for name, why in self._stored.floats.items()}
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, _STORED_NAMES}
+        self.unused = self._stored.unused
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _STORED_NAMES}
+        late = {f"^{re.escape(name)}$" for name in self._stored.floats}
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *late}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: object) -> PreTrainedModel:
         """Brings the stored numbers in, and checks that every stand-in has its weight."""
         self._conversions = list(getattr(model, "_weight_conversions", None) or ())
         if self._stored is not None:
-            self._stored.fill(model, self._targets)
+            self._stored.fill(model, self._targets, self._progress)
             self._conversions = self._stored.conversions
-            self._stored = self._checkpoint = None
+            self._stored = self._checkpoint = self._progress = None
         if missing := unfilled(model):
             raise FormatError(f"{model.name_or_path}: no weights for {missing[0]}, and {len(missing) - 1} more like it")
         return model

@@ -10,6 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transload.checkpoint import Checkpoint
 from transload.quant import QTensor
 from transload.runtime import standins
+from transload.runtime.config import Progress
 from transload.runtime.gather import assemble
 from transload.runtime.targets import Targets
 from transload.runtime.tied import fill_tied, take_ties
@@ -48,8 +49,10 @@ class StoredWeights:
             else:
                 self.floats[name] = reason
 
-    def fill(self, model: PreTrainedModel, targets: Targets) -> None:
+    def fill(self, model: PreTrainedModel, targets: Targets, progress: Progress | None = None) -> None:
         """Decodes, packs and places every quantized parameter, one at a time."""
+        entries = self.checkpoint.entries
+        done, total = 0, sum(entry.stored_bytes for entry in entries.values())
         for parameter, recipe in self.recipes.items():
             w = assemble(parameter, recipe, self._decode)
             to, group = targets.of(standins.owner_of(parameter)), self._group(parameter)
@@ -60,6 +63,11 @@ class StoredWeights:
                 fill_tied(model, parameter, group[1:], w, to)
             else:
                 standins.fill(model, parameter, w, to)
+            if progress is not None:
+                done += sum(entries[name].stored_bytes for name in recipe.sources())
+                progress(done, total)
+        if progress is not None:
+            progress(total, total)
 
     def _decode(self, name: str) -> QTensor:
         return self.checkpoint.decode(self.checkpoint.entries[name])

@@ -47,6 +47,10 @@ class Recipe:
     runs: tuple[tuple[Piece, ...], ...]
     stacked: bool
 
+    def sources(self) -> set[str]:
+        """The sources of all pieces."""
+        return {piece.source for run in self.runs for piece in run}
+
 
 @dataclass(frozen=True, slots=True)
 class _Numbered:
@@ -180,7 +184,7 @@ def _recipe(
     parameter: str, rows: Tensor, shape: Shape, sources: Mapping[str, Shape], numbered: Sequence[_Numbered]
 ) -> Recipe:
     recipe = _pieces(parameter, rows, numbered)
-    inputs = {sources[piece.source][-1] for run in recipe.runs for piece in run}
+    inputs = {sources[name][-1] for name in recipe.sources()}
     if tuple(rows.shape[:-1]) != shape[:-1] or inputs != {shape[-1]}:
         found = (*rows.shape[:-1], *inputs)
         raise FormatError(f"{parameter} is {found} in the checkpoint, but the model's config.json says {shape}")

@@ -11,6 +11,8 @@ from transload.hal import Packed, Problem
 from transload.quant import QTensor, QuantSpec
 from transload.runtime.placement import Placed, Target, place
 
+_PREFIX = "w_"  # a kernel may call its tensors anything, also what a module has as an attribute
+
 
 class PackedWeight(nn.Module):
     """A weight in its kernel's layout. Several modules may hold the same one (tied embedding and head)."""
@@ -22,8 +24,8 @@ class PackedWeight(nn.Module):
         self.stored_act = placed.stored_act
         self._packed = self.kernel.place(self.kernel.pack(placed.weight), device)
         for name, tensor in self._packed.tensors.items():
-            self.register_buffer(name, tensor)
-            self._buffers[name]._is_hf_initialized = True  # type: ignore[union-attr]  # transformers: do not touch
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # tells transformers not to touch it
+            self.register_buffer(_PREFIX + name, tensor)
         self._is_hf_initialized = True
 
     @classmethod
@@ -39,8 +41,8 @@ class PackedWeight(nn.Module):
         because kernels keep what they prepared for a weight by the weight's identity.
         """
         p = self._packed
-        if any(self._buffers[name] is not tensor for name, tensor in p.tensors.items()):
-            tensors = {name: self._buffers[name] for name in p.tensors}
+        if any(self._buffers[_PREFIX + name] is not tensor for name, tensor in p.tensors.items()):
+            tensors = {name: self._buffers[_PREFIX + name] for name in p.tensors}
             self._packed = p = Packed(p.kernel, p.spec, p.n, p.k, tensors, p.experts)  # type: ignore[arg-type]
         return p
 

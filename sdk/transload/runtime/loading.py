@@ -1,0 +1,163 @@
+"""transload.load: a checkpoint of any format as a transformers model that runs on the device that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from transload import checkpoint as checkpoints
+from transload.checkpoint import Checkpoint
+from transload.errors import ConfigError, FormatError, Unsupported
+from transload.hal import Device, find_device
+from transload.runtime.config import Progress, TransloadConfig
+from transload.runtime.floats import float_state
+from transload.runtime.tokenizers import generation_settings
+
+
+def load(
+    path: str | Path,
+    device: str = "auto",
+    scheme: str | None = None,
+    dtype: torch.dtype | None = None,
+    bits: int | None = None,
+    quantize: TransloadConfig | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """A model from a GGUF file or a Hugging Face folder of any format that Transload reads, ready to generate.
+
+    Quantized weights keep their numbers. A float checkpoint stays float, in its own dtype, unless `bits` (or `quantize`
+    with everything spelled out) asks for rounding on load: load(path, bits=4) is the one-line 4-bit model.
+
+    device: "auto", "cpu", "cuda:1", "npu:0". scheme: "w4a16" (float activations), "w4a8" (dynamic int8 activations), or
+    None: as stored. What runs in the end, module by module, is in `transload.runtime.report(model)`.
+    dtype: of activations and float weights; by default float32 on the CPU and the checkpoint's own elsewhere.
+    progress: called with the bytes in place and the bytes in all.
+
+    Raises ConfigError for requests that contradict the checkpoint, FormatError for broken files or missing weights,
+    NoBackend, NoKernel, Unsupported.
+    """
+    checkpoint = checkpoints.open(path)
+    quantized = any(entry.spec is not None for entry in checkpoint.entries.values())
+    recipe = _recipe(checkpoint, quantized, scheme, bits, quantize)
+    backend, found = find_device(recipe.device if recipe is not None and device == "auto" else device)
+    config = _config(checkpoint, trust_remote_code)
+    if recipe is not None:
+        recipe.device = f"{found.backend}:{found.index}"
+        if quantized:
+            recipe.reading(checkpoint, progress)
+    with _no_bars(), torch.no_grad():
+        model, info = _class(config).from_pretrained(
+            None,
+            config=config,
+            state_dict=float_state(checkpoint),
+            quantization_config=recipe,
+            dtype=dtype or _default_dtype(config, checkpoint, found, recipe is not None),
+            device_map={"": backend.torch_device(found)},
+            output_loading_info=True,
+            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        )
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise FormatError(f"{checkpoint.path}: {len(info['missing_keys'])} weights of the model are missing: {some}")
+    model.config.name_or_path = model.name_or_path = str(checkpoint.path)
+    settings = generation_settings(checkpoint)
+    if settings is not None and model.can_generate():
+        model.generation_config = settings
+    return cast(PreTrainedModel, model)
+
+
+def _recipe(
+    checkpoint: Checkpoint, quantized: bool, scheme: str | None, bits: int | None, quantize: TransloadConfig | None
+) -> TransloadConfig | None:
+    """The configuration that the quantizer works from; None for a float checkpoint that stays float."""
+    if bits is not None and quantize is not None:
+        raise ConfigError("bits and quantize were both given: put the bits into quantize")
+    asked = quantize is not None or bits is not None
+    if quantized and asked:
+        raise ConfigError(
+            f"{checkpoint.path} is quantized already ({checkpoint.format.name}) and keeps its numbers: leave out bits "
+            "and quantize, or requantize it with `transload port --requantize`"
+        )
+    if not quantized and not asked:
+        if scheme is not None:
+            raise ConfigError(
+                f"{checkpoint.path} is float; scheme '{scheme}' needs bits=4 or quantize=TransloadConfig(...)"
+            )
+        return None
+    recipe = copy(quantize) if quantize is not None else TransloadConfig(bits=4 if bits is None else bits)
+    if scheme is not None:
+        if quantize is not None and quantize.scheme not in (None, scheme.lower()):
+            raise ConfigError(f"scheme '{scheme}' contradicts quantize.scheme '{quantize.scheme}'")
+        recipe.scheme = TransloadConfig(scheme=scheme).scheme
+    return recipe
+
+
+def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
+    """The model's configuration without its quantization, which is read by Transload and not by transformers."""
+    fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
+    if "auto_map" in fields and trust_remote_code:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return config
+    model_type = fields.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise FormatError(f"{checkpoint.path}: config.json is missing or has no model_type, so no model can be built")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except ValueError as e:
+        raise Unsupported(
+            f"{checkpoint.path}: transformers {transformers.__version__} has no model '{model_type}': {e}"
+        ) from e
+
+
+def _class(config: PretrainedConfig) -> Any:
+    """The model class that config.json names, else the one transformers has for text generation."""
+    if "auto_map" in vars(config):
+        return AutoModelForCausalLM
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise Unsupported(f"transformers {transformers.__version__} has no generating model for '{config.model_type}'")
+
+
+def _default_dtype(config: PretrainedConfig, checkpoint: Checkpoint, device: Device, quantized: bool) -> torch.dtype:
+    """float32 where a quantized model runs on the CPU, whose kernels compute in it; else the checkpoint's own."""
+    if quantized and device.backend == "cpu":
+        return torch.float32
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else None
+    floats = [e.dtype for e in checkpoint.entries.values() if e.spec is None and len(e.shape) > 1]
+    stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.get(floats[0] if floats else "")
+    fallback = torch.float32 if device.backend == "cpu" else torch.bfloat16
+    return own or stored or fallback
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Transformers' progress bar covers the float tensors alone; `progress` covers everything."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
