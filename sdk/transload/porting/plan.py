@@ -6,18 +6,19 @@ Nothing is read and nothing is written here. Refusals are collected, so that the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
 
 import torch
 
 from transload.checkpoint import Checkpoint
-from transload.errors import CannotHold
 from transload.formats.base import Entry, Format
 from transload.formats.plain import Plain
 from transload.models.roles import kept_in_float
-from transload.quant import QTensor, QuantSpec, Zero
+from transload.porting.fused import agree
+from transload.porting.target import Target
+from transload.quant import ActSpec, QTensor, QuantSpec, Zero
 from transload.rewrite import exact_forms
 from transload.source import DTYPE_NAMES
 
@@ -58,15 +59,33 @@ class Step:
     outputs: tuple[Output, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the caller allows. requantize: a scheme for modules that the target cannot take, or (everything) for all.
+
+    floats: dtype of quantized tensors that the target keeps in float; float32 holds them exactly. act: activations
+    to multiply with, instead of the source's own; None keeps those.
+    """
+
+    requantize: QuantSpec | None = None
+    everything: bool = False
+    floats: torch.dtype = torch.float32
+    act: tuple[ActSpec | None] | None = None
+
+
 @dataclass(slots=True)
 class PortPlan:
     """Every step, in the source's order. refusals: module -> the reason, empty when the port can run."""
 
-    format: Format
-    requantize: QuantSpec | None
-    floats: torch.dtype
+    target: Target
+    options: Options
     steps: list[Step] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def format(self) -> Format:
+        """What the target is written in."""
+        return self.target.format
 
     def outputs(self) -> Iterator[Output]:
         """Every module and tensor of the target."""
@@ -78,52 +97,24 @@ class PortPlan:
         return {name: where for output in self.outputs() for name, where in output.tensors.items()}
 
 
-def plan_port(
-    source: Checkpoint,
-    format: Format,
-    requantize: QuantSpec | None = None,
-    everything: bool = False,
-    floats: torch.dtype = torch.float32,
-) -> PortPlan:
-    """Decides every step. requantize: for modules that the format cannot hold, or for all quantized ones.
-
-    floats: dtype of quantized tensors that the target keeps in float (embeddings); float32 holds them exactly.
-    """
-    plan = PortPlan(format, requantize, floats)
+def plan_port(source: Checkpoint, target: Target, options: Options) -> PortPlan:
+    """Decides every step; modules that cannot go are in `refusals`."""
+    plan, place = PortPlan(target, options), Placer(target, options)
     for entry in source.entries.values():
-        pieces = list(_pieces(entry))
+        pieces = list(pieces_of(entry))
         if entry.spec is None:
             outputs = [_copied(name, shape, entry.dtype, expert) for name, shape, expert in pieces]
         else:
-            outputs = [
-                _placed(plan, name, entry.spec, shape, expert, everything and requantize is not None)
-                for name, shape, expert in pieces
-            ]
+            spec = entry.spec if options.act is None else replace(entry.spec, act=options.act[0])
+            outputs = [place(name, spec, shape, expert) for name, shape, expert in pieces]
         plan.steps.append(Step(entry, tuple(outputs)))
+    if target.engine is not None:
+        agree(plan, place)
+    plan.refusals = place.refusals
     return plan
 
 
-def refused(plan: PortPlan, target: str) -> CannotHold:
-    """The error that lists every refusal of a plan, modules grouped by reason and role."""
-    grouped: dict[str, dict[str, int]] = {}
-    for name, reason in plan.refusals.items():
-        roles = grouped.setdefault(reason, {})
-        role = ".".join("*" if part.isdecimal() else part for part in name.split("."))
-        roles[role] = roles.get(role, 0) + 1
-    lines = [
-        f"{reason} ({', '.join(f'{count} x {role}' for role, count in r.items())})" for reason, r in grouped.items()
-    ]
-    quantized = sum(1 for output in plan.outputs() if output.action is not Action.COPY)
-    ways = "requantize, which changes numbers and reports the error (--requantize int8-g32), or another target"
-    if plan.requantize is not None:
-        ways = "another scheme to requantize to, or another target"
-    return CannotHold(
-        f"'{target}' cannot hold {len(plan.refusals)} of {quantized} quantized modules: {'; '.join(lines)}. "
-        f"What would work: {ways} (transload holds everything, fp32 dequantizes)"
-    )
-
-
-def _pieces(entry: Entry) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+def pieces_of(entry: Entry) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
     """Name, shape and index of what an entry is on disk: itself, or the experts of a stack one by one."""
     head, dot, last = entry.name.removesuffix(".weight").rpartition(".experts.")
     weight = entry.spec is not None or entry.name.endswith(".weight")
@@ -139,35 +130,76 @@ def _copied(name: str, shape: tuple[int, ...], dtype: str, expert: int | None) -
     return Output(name, Action.COPY, None, {name: (_DTYPES[dtype], shape)}, expert)
 
 
-def _placed(
-    plan: PortPlan, name: str, spec: QuantSpec, shape: tuple[int, ...], expert: int | None, everything: bool
-) -> Output:
-    """Where a quantized module goes: as it is, in an exact form, as floats, or requantized."""
-    kept = kept_in_float(name)
-    if isinstance(plan.format, Plain) or (kept == "embedding" and plan.format.name != "transload"):
-        return _dequantized(plan, name, shape, expert)
-    exact = next((form for form in exact_forms(spec) if plan.format.cannot_hold(form, shape) is None), None)
-    if exact is not None and not everything:
-        return Output(name, Action.REPACK, exact, _layout(plan.format, name, exact, shape), expert)
-    if plan.requantize is None:
-        plan.refusals[name] = plan.format.cannot_hold(spec, shape) or ""
-        return Output(name, Action.REPACK, spec, {}, expert)
-    if kept is not None:  # heads and routers suffer most, and every target has floats
-        return _dequantized(plan, name, shape, expert)
-    reason = plan.format.cannot_hold(plan.requantize, shape)
-    if reason is not None:
-        plan.refusals[name] = f"{plan.requantize} instead of {spec}: {reason}"
-        return Output(name, Action.REQUANTIZE, plan.requantize, {}, expert)
-    return Output(name, Action.REQUANTIZE, plan.requantize, _layout(plan.format, name, plan.requantize, shape), expert)
+class Placer:
+    """Decides one quantized module at a time; equal schemes and shapes are looked at once."""
+
+    def __init__(self, target: Target, options: Options) -> None:
+        self.target, self.options = target, options
+        self.refusals: dict[str, str] = {}
+        self._answers: dict[tuple[QuantSpec, tuple[int, ...], bool], str | None] = {}
+        self._layouts: dict[tuple[QuantSpec, tuple[int, ...]], Layout] = {}
+
+    def __call__(self, name: str, spec: QuantSpec, shape: tuple[int, ...], expert: int | None) -> Output:
+        """Where a module goes: as it is, in an exact form, as floats, or requantized."""
+        kept = kept_in_float(name)
+        native = self.target.format.name == "transload"
+        if isinstance(self.target.format, Plain) or (kept == "embedding" and not native):
+            return self._dequantized(name, shape, expert)
+        exact = None if self.options.everything else self._taken(name, spec, shape)
+        if exact is not None:
+            return self.in_form(name, exact, shape, expert)
+        if kept is not None:  # heads and routers suffer most from rounding, and every target has floats
+            return self._dequantized(name, shape, expert)
+        return self.requantized(name, spec, shape, expert)
+
+    def in_form(self, name: str, spec: QuantSpec, shape: tuple[int, ...], expert: int | None) -> Output:
+        """The same numbers under a scheme that the target takes."""
+        return Output(name, Action.REPACK, spec, self._layout(name, spec, shape), expert)
+
+    def requantized(
+        self, name: str, spec: QuantSpec, shape: tuple[int, ...], expert: int | None, why: str = ""
+    ) -> Output:
+        """Other numbers where the caller allows them, else a refusal. The scheme's own exact forms will do as well."""
+        other = self.options.requantize
+        if other is None:
+            self.refusals[name] = why or self._reason(name, spec, shape)
+            return Output(name, Action.REPACK, spec, {}, expert)
+        form = self._taken(name, other, shape)
+        if form is None:
+            self.refusals[name] = f"{other} instead of {spec}: {self._reason(name, other, shape)}"
+            return Output(name, Action.REQUANTIZE, other, {}, expert)
+        return Output(name, Action.REQUANTIZE, form, self._layout(name, form, shape), expert)
+
+    def refuses(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
+        """The target's answer for a scheme and shape."""
+        key = (spec, shape, ".experts." in name)
+        if key not in self._answers:
+            self._answers[key] = self.target.refuses(name, spec, shape)
+        return self._answers[key]
+
+    def _taken(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> QuantSpec | None:
+        """The nearest exact form of a scheme that the target takes."""
+        return next((form for form in exact_forms(spec) if self.refuses(name, form, shape) is None), None)
+
+    def _reason(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> str:
+        """Why no form of a scheme is taken: the engine's reason where the format would hold one."""
+        held = [form for form in exact_forms(spec) if self.target.format.cannot_hold(form, shape) is None]
+        return self.refuses(name, held[0] if held else spec, shape) or ""
+
+    def _dequantized(self, name: str, shape: tuple[int, ...], expert: int | None) -> Output:
+        plain = self.target.format
+        dtype = plain.dtype if isinstance(plain, Plain) else self.options.floats
+        return Output(name, Action.DEQUANTIZE, None, {f"{name}.weight": (dtype, shape)}, expert)
+
+    def _layout(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
+        key = (spec, shape)
+        if key not in self._layouts:
+            self._layouts[key] = _encoded(self.target.format, spec, shape)
+        return {name + part: where for part, where in self._layouts[key].items()}
 
 
-def _dequantized(plan: PortPlan, name: str, shape: tuple[int, ...], expert: int | None) -> Output:
-    dtype = plan.format.dtype if isinstance(plan.format, Plain) else plan.floats
-    return Output(name, Action.DEQUANTIZE, None, {f"{name}.weight": (dtype, shape)}, expert)
-
-
-def _layout(format: Format, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
-    """The tensors that `encode` will give, found by encoding a weight without data."""
+def _encoded(format: Format, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
+    """The tensors that `encode` will give, names after the module's, found by encoding a weight without data."""
     side = (*shape[:-1], spec.groups(shape[-1]))
     zero_dtype = {Zero.CODES: torch.uint8, Zero.FLOATS: spec.scale_dtype}.get(spec.zero)
     empty = QTensor(
@@ -178,4 +210,6 @@ def _layout(format: Format, name: str, spec: QuantSpec, shape: tuple[int, ...]) 
         torch.empty(side, dtype=spec.scale_dtype, device="meta") if spec.zero is Zero.MINS else None,
         torch.zeros(shape[-1], dtype=torch.int32) if spec.act_order else None,
     )
-    return {full: (t.dtype, tuple(t.shape)) for full, t in format.encode(name, empty).items()}
+    name = "module"
+    tensors = format.encode(name, empty)
+    return {full.removeprefix(name): (t.dtype, tuple(t.shape)) for full, t in tensors.items()}

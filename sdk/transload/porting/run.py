@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 from transload.checkpoint import Checkpoint
 from transload.checkpoint import open as open_checkpoint
 from transload.errors import ConfigError, FormatError
-from transload.formats import find_format
 from transload.formats.base import Json
 from transload.formats.plain import Plain
 from transload.porting.fingerprint import fingerprint
-from transload.porting.plan import Action, Output, PortPlan, Step, plan_port, refused
+from transload.porting.plan import Action, Options, Output, PortPlan, Step, plan_port
+from transload.porting.refusal import refused
 from transload.porting.report import Moved, PortReport, engine_answers, words
-from transload.quant import QTensor, QuantSpec
+from transload.porting.target import find_target
+from transload.quant import ActSpec, QTensor, QuantSpec
 from transload.requantize import Difference, difference, parse_spec
 from transload.requantize import requantize as requantize_weight
 from transload.rewrite import rewrite
@@ -26,6 +28,7 @@ from transload.writer import Writer
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 _FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_ACTIVATIONS: dict[str, tuple[ActSpec | None] | None] = {"keep": None, "int8": (ActSpec(),), "16bit": (None,)}
 _QUANTIZATION = ("quantization_config", "compression_config")
 
 
@@ -37,15 +40,20 @@ def port(
     requantize: str | QuantSpec | None = None,
     requantize_all: bool = False,
     floats: str = "fp32",
+    activations: str = "keep",
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> PortReport:
-    """Writes the checkpoint at `src` to the folder `dst` in the format `to`, number for number.
+    """Writes the checkpoint at `src` to the folder `dst` for the target `to`, number for number.
+
+    to: a format ("compressed-tensors", "fp32") or an engine ("vllm", "vllm-ascend==0.23"), whose format is chosen and
+    whose limits count.
 
     requantize: a scheme ("int4-g128", see `requantize.parse_spec`) for modules that the format cannot hold exactly;
     requantize_all: for every quantized module. floats: dtype of quantized tensors that the target keeps in float
-    (embeddings): fp32 is exact, bf16 and fp16 round and are reported. resume: continue a killed port of the same job.
+    (embeddings): fp32 is exact, bf16 and fp16 round and are reported. activations: "keep" the source's, or declare
+    "int8" (dynamic, per token) or "16bit"; weights stay as they are. resume: continue a killed port of the same job.
     progress: called with bytes done, bytes in all, and the module at work.
 
     The folder appears when it is complete and has been read back and compared. Raises CannotHold, before anything is
@@ -56,16 +64,18 @@ def port(
     began = time.monotonic()
     if floats not in _FLOATS:
         raise ConfigError(f"floats '{floats}': give one of {', '.join(_FLOATS)}")
+    if activations not in _ACTIVATIONS:
+        raise ConfigError(f"activations '{activations}': give one of {', '.join(_ACTIVATIONS)}")
     spec = parse_spec(requantize) if isinstance(requantize, str) else requantize
     if requantize_all and spec is None:
         raise ConfigError("requantize_all without requantize: give the scheme, for example requantize='int4-g128'")
-    format = find_format(to)
+    target = find_target(to)
     source = open_checkpoint(src)
-    plan = plan_port(source, format, spec, requantize_all, _FLOATS[floats])
+    plan = plan_port(source, target, Options(spec, requantize_all, _FLOATS[floats], _ACTIVATIONS[activations]))
     if plan.refusals:
-        raise refused(plan, to)
+        raise refused(source, plan)
     job = _Job(source, plan, Path(dst), progress or (lambda done, total, what: None))
-    identity = f"{source.path.resolve()} {_stamp(source)} {to} {spec} {requantize_all} {floats}"
+    identity = f"{source.path.resolve()} {_stamp(source)} {to} {plan.options}"
     with Writer(dst, plan.layout(), source=source.path, overwrite=overwrite, resume=resume, job=identity) as writer:
         job.write(writer)
         job.compare(writer.partial)
@@ -140,7 +150,7 @@ class _Job:
         value = self.source.read(entry) if entry.spec is None else self.source.decode(entry)
         for output in step.outputs:
             one = value if output.expert is None else _expert(value, output.expert)
-            new, self.differences[output.name] = _moved(one, output)
+            new, self.differences[output.name] = _moved(one, output, self.plan.options)
             self.written[output.name] = fingerprint(new)
             if isinstance(new, Tensor):
                 writer.add(next(iter(output.tensors)), new)
@@ -174,17 +184,20 @@ class _Job:
             yield f"code beside the weights was not copied: {', '.join(code)}"
         rounded = [o.name for o in self.plan.outputs() if o.action is Action.DEQUANTIZE]
         if rounded and not isinstance(self.plan.format, Plain):
-            names = f"{rounded[0]}{f' and {len(rounded) - 1} more' if len(rounded) > 1 else ''}"
-            yield f"{names} became {str(self.plan.floats).removeprefix('torch.')}: the format keeps them in float"
+            dtype = str(self.plan.options.floats).removeprefix("torch.")
+            yield f"{dtype} in the target, which keeps them in float: {', '.join(rounded[:8])}"
 
 
-def _moved(value: QTensor | Tensor, output: Output) -> tuple[QTensor | Tensor, Difference | None]:
+def _moved(value: QTensor | Tensor, output: Output, options: Options) -> tuple[QTensor | Tensor, Difference | None]:
     """A module or tensor in its new form, and how far it moved (None: not at all)."""
     if isinstance(value, Tensor):
         return value, None
     if output.action is Action.REQUANTIZE:
         assert output.spec is not None
-        return requantize_weight(value, output.spec)
+        assert options.requantize is not None
+        rounded = replace(options.requantize, scale_dtype=output.spec.scale_dtype)
+        new, apart = requantize_weight(value, rounded)
+        return rewrite(new, output.spec), apart
     if output.action is Action.DEQUANTIZE:
         dtype = next(iter(output.tensors.values()))[0]
         weight = _as_floats(value, dtype)
