@@ -343,7 +343,7 @@ def _linear(f: Fields, attention: tuple[Attention, ...], heads: int) -> Linear |
         )
     if Attention.LIGHTNING in attention:
         dim = f.count("head_dim", default=0) or _quotient(f, f.count("hidden_size"), heads)
-        return Linear(heads, heads, dim, dim, 0, 4)
+        return Linear(heads, heads, dim, dim, 0, 2)
     return None
 
 

@@ -118,27 +118,31 @@ class Ledger:
     def _sum(self, weights: tuple[Weight, ...], shape: Shape, experts: int) -> PartBytes:
         out = PartBytes()
         for weight in weights:
-            ways = ways_of(weight.module, shape, self._shared_whole)
+            ways = ways_of(weight.module, shape, shared_whole(self.model, self.platform))
             _add(out, weight.module.part, weight_bytes(weight, ways, experts, self.platform))
         return out
-
-    @property
-    def _shared_whole(self) -> bool:
-        experts = self.model.info.experts
-        return experts is not None and experts.shared_whole
 
     def _key(self, kind: int, shape: Shape, experts: int) -> tuple[int, int, int, int, bool]:
         expert_ways = 1 if shape.ep else shape.expert_ranks
         return kind, shape.tp, expert_ways, experts, shape.sequence_parallel_experts
 
 
-def ways_of(module: Module, shape: Shape, shared_whole: bool = False) -> int:
-    """How many ranks share one weight: experts flatten TP over DP, or stay whole under EP."""
+def ways_of(module: Module, shape: Shape, whole: bool) -> int:
+    """How many ranks share one weight: experts flatten TP over DP, or stay whole under EP; whole: `shared_whole`."""
     if module.experts > 1:
         return 1 if shape.ep else shape.expert_ranks
-    if module.part is Part.SHARED and shared_whole and shape.sequence_parallel_experts:
+    if module.part is Part.SHARED and whole and shape.sequence_parallel_experts:
         return 1
     return shape.tp
+
+
+def shared_whole(model: Model, platform: str) -> bool:
+    """True when shared experts stay whole where sequences are split between experts.
+
+    vllm-ascend switches that mode off (its platform names an all-to-all backend outside vLLM's list).
+    """
+    experts = model.info.experts
+    return experts is not None and experts.shared_whole and platform != "ascend"
 
 
 def _add(out: PartBytes, part: Part, size: Parts) -> None:
