@@ -72,4 +72,4 @@ def read_int4(weight: Tensor) -> Tensor:
 def _bytes_in_order(nz: NzStorage, weight: Tensor) -> np.ndarray:
     stored = nz.tensor.numpy().reshape(-1, nz.rows * nz.row_bytes)
     shape = (*weight.shape[:-2], nz.rows, nz.row_bytes)
-    return stored[:, _positions(nz.rows, nz.row_bytes).reshape(-1)].reshape(shape)
+    return np.ascontiguousarray(stored[:, _positions(nz.rows, nz.row_bytes).reshape(-1)]).reshape(shape)
