@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from transload.errors import ConfigError
+from transload.formats.autoround import AutoRound
 from transload.formats.awq import Awq, AwqGemv, AwqGemvFast
 from transload.formats.base import Entry, Format, Json, Source
 from transload.formats.bitsandbytes import BitsAndBytes
@@ -29,6 +30,7 @@ FORMATS: tuple[Format, ...] = (
     Awq(),
     AwqGemv(),
     AwqGemvFast(),
+    AutoRound(),
     BitsAndBytes(),
     ModelOpt(),
     Fp8(),
