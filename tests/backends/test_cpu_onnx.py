@@ -204,7 +204,7 @@ COUNT = "__import__('os').listdir('/proc/self/task').__len__()"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_all_sessions_share_one_pool_of_torchs_size(threads: int) -> None:
     code = f"""{MULTIPLY}
 import onnxruntime

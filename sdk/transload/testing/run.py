@@ -64,9 +64,9 @@ def nmse(y: Tensor, truth: Tensor) -> float:
 
 
 def _checked_pack(kernel: Kernel, w: QTensor) -> Packed:
-    before = _copy(w)
-    packed = kernel.pack(w)
-    if not w.equal(before):
+    given = _copy(w)
+    packed = kernel.pack(given)
+    if not given.equal(w):
         raise _Wrong("pack changed the weight that it was given")
     if (packed.kernel, packed.spec, packed.n, packed.k, packed.experts) != (kernel.name, w.spec, w.n, w.k, w.experts):
         raise _Wrong(f"the packed weight says {packed.kernel}, {packed.spec}, N={packed.n}, K={packed.k}")
@@ -120,10 +120,10 @@ def _layouts(x: Tensor, to: torch.device) -> Iterator[Tensor]:
 
 
 def _multiply(kernel: Kernel, x: Tensor, w: Packed, data: Operands, to: torch.device) -> Tensor:
-    bias = None if data.bias is None else data.bias.to(to)
+    bias = None if data.bias is None else data.bias.to(to, copy=True)
     if data.counts is None:
         return kernel.matmul(x, w, bias)
-    return kernel.grouped_matmul(x, w, data.counts.to(to), bias)
+    return kernel.grouped_matmul(x, w, data.counts.to(to, copy=True), bias)
 
 
 @lru_cache(maxsize=2)  # the kernels of a backend take turns on the same case
