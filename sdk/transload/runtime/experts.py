@@ -106,4 +106,4 @@ class QuantExperts(nn.Module):
         out = out * top_k_weights.reshape(-1, 1)[order]
         placed = out.new_zeros(tokens * top_k, out.shape[-1])
         placed[order] = out
-        return placed.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+        return placed.view(tokens, top_k, out.shape[-1]).sum(1).to(hidden_states.dtype)

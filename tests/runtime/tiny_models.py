@@ -96,3 +96,28 @@ def inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         "image_grid_thw": grid,
         "mm_token_type_ids": (ids == 90).long(),
     }
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """The logits of `inputs`, float32."""
+    with torch.no_grad():
+        return model(**inputs(model)).logits.float()
+
+
+def with_weights_of(quantized: PreTrainedModel, reference: PreTrainedModel) -> PreTrainedModel:
+    """`reference` with every quantized weight replaced by its dequantized numbers: what W4A16 must compute."""
+    from transload.runtime.standins import Quantized
+
+    with torch.no_grad():
+        for name, module in quantized.named_modules():
+            if isinstance(module, Quantized):
+                members = ("weight",) if hasattr(module, "tied") else ("gate_up_proj", "down_proj")
+                for member in members:
+                    parameter = reference.get_parameter(f"{name}.{member}")
+                    parameter.copy_(module.qtensor(member).dequantize())
+    return reference
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative error ||a - b|| / ||b||."""
+    return float((a - b).norm() / b.norm())
