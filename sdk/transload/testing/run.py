@@ -107,13 +107,13 @@ def _checked_matmul(
 
 def _layouts(x: Tensor, to: torch.device) -> Iterator[Tensor]:
     """x as one piece of memory, then as a window of a larger tensor full of NaN; neither may be changed."""
-    whole = x.to(to).clone()
+    whole = x.to(to, copy=True)
     yield whole
     if not _identical(whole.cpu(), x):
         raise _Wrong("x was written to")
     around = torch.full((x.shape[0] + 2 * GUARD, x.shape[1] + 2 * GUARD), torch.nan, dtype=x.dtype)
     around[GUARD : GUARD + x.shape[0], GUARD : GUARD + x.shape[1]] = x
-    there = around.to(to)
+    there = around.to(to, copy=True)
     yield there[GUARD : GUARD + x.shape[0], GUARD : GUARD + x.shape[1]]
     if not _identical(there.cpu(), around):
         raise _Wrong("a non-contiguous x, or memory around it, was written to")
