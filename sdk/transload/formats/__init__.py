@@ -13,6 +13,7 @@ from transload.formats.compressed_tensors import CompressedTensors
 from transload.formats.fp8 import Fp8
 from transload.formats.gguf import Gguf
 from transload.formats.gptq import Gptq, GptqV2
+from transload.formats.hqq import Hqq
 from transload.formats.msmodelslim import MsModelSlim
 from transload.formats.mx import GptOss, ModelOpt
 from transload.formats.neutral import Neutral
@@ -32,6 +33,7 @@ FORMATS: tuple[Format, ...] = (
     AwqGemvFast(),
     AutoRound(),
     BitsAndBytes(),
+    Hqq(),
     ModelOpt(),
     Fp8(),
     GptOss(),
