@@ -77,8 +77,10 @@ class CompressedTensors(Format):
                     return QTensor(spec, weight.view(torch.uint8), scales)
                 return QTensor(spec, _unsigned(weight, spec), scales, _byte_zeros(source, module, spec))
             _check_shape(source, module, (n, k))
-            codes = _unpack(source.read(f"{module}.weight_packed"), spec.bits, k)
-            zeros = _packed_zeros(source, module, spec, n) if spec.zero is Zero.CODES else None
+            words = source.read(f"{module}.weight_packed")
+            filled = _is_filled(tuple(words.shape), k, spec.bits)
+            codes = _unpack(words, spec.bits, k, filled)
+            zeros = _packed_zeros(source, module, spec, n, filled) if spec.zero is Zero.CODES else None
             g_idx = source.read(f"{module}.weight_g_idx") if spec.act_order else None
             return QTensor(spec, codes, scales, zeros, g_idx=g_idx)
 
@@ -137,7 +139,7 @@ class _Widths:
         n, k = (int(v) for v in self._source.read(info.name))
         if n != packed[0] or not 0 < k <= packed[1] * 32 // b or packed[1] not in _word_counts(k, b):
             raise FormatError(
-                f"{info.file}: tensor {shown(info.name)} says [{n}, {k}], which {b}-bit codes in {packed} words are not"
+                f"{info.file}: tensor {shown(info.name)} says [{n}, {k}], which {b}-bit codes in words {packed} are not"
             )
         return k
 
@@ -155,10 +157,8 @@ def _packed_entry(source: Source, module: str, scheme: Scheme, widths: _Widths) 
     n = packed.shape[0]
     spec = _spec(source, module, scheme, n, k)
     if spec.zero is Zero.CODES:
-        rows = bits.packed_len(n, spec.bits, torch.int32), -(-n // (32 // spec.bits))
-        zero = stored.need(source, f"{module}.weight_zero_point", ("I32",), (None, spec.groups(k)), "for asymmetry")
-        if zero.shape[0] not in rows:
-            raise FormatError(f"{zero.file}: tensor {shown(zero.name)} has shape {zero.shape}, expected {rows[0]} rows")
+        rows = _word_counts(n, spec.bits)[_is_filled(packed.shape, k, spec.bits)]
+        stored.need(source, f"{module}.weight_zero_point", ("I32",), (rows, spec.groups(k)), "for asymmetry")
     if scheme.act_order:
         stored.need(source, f"{module}.weight_g_idx", ("I32",), (k,), "for act-order")
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
@@ -222,18 +222,22 @@ def _check_shape(source: Source, module: str, shape: tuple[int, ...]) -> None:
         raise FormatError(f"weight_shape says {list(found)}, but modules of its kind have {list(shape)}")
 
 
-def _unpack(words: Tensor, b: int, k: int) -> Tensor:
-    """Codes uint8 [N, K] of packed rows, a dense stream or filled words."""
-    if words.shape[-1] == bits.packed_len(k, b, torch.int32):
+def _is_filled(packed: tuple[int, ...], k: int, b: int) -> bool:
+    """True when every word begins with a new code, False for a dense stream. The weight decides for zero points too."""
+    return packed[-1] != bits.packed_len(k, b, torch.int32)
+
+
+def _unpack(words: Tensor, b: int, k: int, filled: bool) -> Tensor:
+    """Codes uint8 [N, K] of packed rows."""
+    if not filled:
         return bits.unpack(words, b, k)
-    per_word = 32 // b
-    lanes = bits.unpack(words, 1, words.shape[-1] * 32).reshape(len(words), -1, 32)[..., : per_word * b]
+    lanes = bits.unpack(words, 1, words.shape[-1] * 32).reshape(len(words), -1, 32)[..., : 32 // b * b]
     return bits.unpack(bits.pack(lanes.reshape(len(words), -1), 1), b, k)
 
 
-def _packed_zeros(source: Source, module: str, spec: QuantSpec, n: int) -> Tensor:
+def _packed_zeros(source: Source, module: str, spec: QuantSpec, n: int, filled: bool) -> Tensor:
     words = source.read(f"{module}.weight_zero_point").T.contiguous()
-    return _unpack(words, spec.bits, n).T.contiguous()
+    return _unpack(words, spec.bits, n, filled).T.contiguous()
 
 
 def _byte_zeros(source: Source, module: str, spec: QuantSpec) -> Tensor | None:

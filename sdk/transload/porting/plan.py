@@ -23,6 +23,7 @@ from transload.rewrite import exact_forms
 from transload.source import DTYPE_NAMES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_PER_EXPERT = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # stored tensors: dtype and shape by full name
 
 
@@ -101,7 +102,7 @@ def plan_port(source: Checkpoint, target: Target, options: Options) -> PortPlan:
     """Decides every step; modules that cannot go are in `refusals`."""
     plan, place = PortPlan(target, options), Placer(target, options)
     for entry in source.entries.values():
-        pieces = list(pieces_of(entry))
+        pieces = list(pieces_of(entry, source))
         if entry.spec is None:
             outputs = [_copied(name, shape, entry.dtype, expert) for name, shape, expert in pieces]
         else:
@@ -114,16 +115,24 @@ def plan_port(source: Checkpoint, target: Target, options: Options) -> PortPlan:
     return plan
 
 
-def pieces_of(entry: Entry) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """Name, shape and index of what an entry is on disk: itself, or the experts of a stack one by one."""
+def pieces_of(entry: Entry, source: Checkpoint) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+    """Name, shape and index of what an entry is on disk: itself, or the experts of a stack one by one.
+
+    A stack with gate and up in one (gpt-oss) stays as it is: its experts have no names of their own.
+    """
     head, dot, last = entry.name.removesuffix(".weight").rpartition(".experts.")
     weight = entry.spec is not None or entry.name.endswith(".weight")
-    if len(entry.shape) != 3 or not dot or "." in last or not weight:
+    if len(entry.shape) != 3 or not dot or not weight or last not in _PER_EXPERT or _fused_stack(head, source):
         yield entry.name, entry.shape, None
         return
     suffix = ".weight" if entry.spec is None else ""
     for e in range(entry.shape[0]):
         yield f"{head}.experts.{e}.{last}{suffix}", entry.shape[1:], e
+
+
+def _fused_stack(head: str, source: Checkpoint) -> bool:
+    name = f"{head}.experts.gate_up_proj"
+    return name in source.entries or f"{name}.weight" in source.entries
 
 
 def _copied(name: str, shape: tuple[int, ...], dtype: str, expert: int | None) -> Output:
