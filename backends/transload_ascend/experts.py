@@ -13,7 +13,7 @@ from transload.hal import Device, Kernel, Packed, Problem
 from transload.quant import Grid, QTensor, Zero
 from transload_ascend import grouped_ops, layouts, ops
 from transload_ascend.limits import Limit, grouped, objection
-from transload_ascend.products import product_of
+from transload_ascend.products import Product, product_of
 from transload_ascend.w4a8 import int8_objection
 
 
@@ -107,6 +107,44 @@ class GroupedW4A8(Grouped):
         q, scale = ops.dynamic_quant(x)
         t = w.tensors
         return grouped_ops.grouped_w4a8(q, t["weight"], t["scale"], t["scale_bias"], scale, counts, x.dtype)
+
+    def swiglu_experts(self, x: Tensor, gate_up: Packed, down: Packed, counts: Tensor) -> Tensor | None:
+        """Two matmuls with SwiGLU and quantization between them, for expert widths up to 5120; else None.
+
+        The values between the two are quantized from float32, without a rounding to x's dtype before.
+        """
+        if x.shape[0] == 0 or gate_up.kernel != self.name or down.kernel != self.name or swiglu_objection(gate_up):
+            return None
+        q, scale = ops.dynamic_quant(x.contiguous())
+        t = gate_up.tensors
+        weight_scale = t["scale"].squeeze(1) if t["scale"].shape[1] == 1 else t["scale"]
+        q, scale = grouped_ops.grouped_w4a8_swiglu(q, t["weight"], weight_scale, t["scale_bias"], scale, counts)
+        t = down.tensors
+        return grouped_ops.grouped_w4a8(q, t["weight"], t["scale"], t["scale_bias"], scale, counts, x.dtype)
+
+
+def swiglu_objection(gate_up: Packed) -> str | None:
+    """Why the fused operator does not take a gate and up weight, or None."""
+    groups = gate_up.spec.groups(gate_up.k)
+    experts = gate_up.experts or 0
+    call = grouped.Call(
+        product=Product.A2,  # a weight of this kernel is on a product that takes it
+        experts=experts,
+        m=1,
+        k=gate_up.k,
+        n=gate_up.n,
+        x_dtype=torch.int8,
+        weight_dtype=torch.int32,
+        scale_dtype=torch.int64,
+        scale_shape=(experts, gate_up.n) if groups == 1 else (experts, groups, gate_up.n),
+        groups=groups,
+        output_dtype=torch.int8,
+        token_dtype=torch.float32,
+        token_shape=(1,),
+        bias_dtype=torch.float32,
+        bias_shape=(experts, gate_up.n),
+    )
+    return objection(grouped.SWIGLU_OPERATOR, grouped.SWIGLU_LIMITS, call)
 
 
 class GroupedW4A16(Grouped):

@@ -101,6 +101,13 @@ class Kernel(ABC):
         """Rows sorted by expert, counts int64 [E] rows each: [M, N]. Optional; a kernel without it refuses experts."""
         raise Unsupported(f"kernel '{self.name}' has no grouped matmul")
 
+    def swiglu_experts(self, x: Tensor, gate_up: Packed, down: Packed, counts: Tensor) -> Tensor | None:
+        """(silu(x @ gate.T) * (x @ up.T)) @ down.T expert by expert, [M, N] in x's dtype, where a device fuses it.
+
+        gate_up holds the gate's rows before the up's. None: not fused here; do it in three steps.
+        """
+        return None
+
     def rows(self, p: Packed, index: Tensor) -> QTensor:
         """Output rows `index` (int64 [R]) of a packed linear: the lookup of an embedding tied to the output head.
 
