@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,9 @@ from transload.plan.engines import Engine
 from transload.plan.kv import Cache, Group, Pool, Serving, blocks_of_request, group_layers, pool_of_groups
 from transload.plan.ledger import Ledger, PartBytes
 from transload.plan.model import Model
+from transload.plan.modules import Part
 from transload.plan.overheads import Batch, Overhead, overheads
+from transload.plan.schemes import Kind
 from transload.plan.shapes import Shape, even_cuts
 from transload.plan.units import show_bytes
 from transload.plan.workload import Workload
@@ -78,11 +81,32 @@ class Fitter:
     constants: Mapping[str, Constant]
     utilization: float
     ledger: Ledger = field(init=False)
+    operands: str = field(init=False)
     _groups: dict[tuple[int, int], tuple[dict[str, Cache], list[Group]]] = field(default_factory=dict)
+    _stage_groups: dict[tuple[int, int, tuple[tuple[int, int], ...]], list[list[Group]]] = field(default_factory=dict)
+    _parts: dict[tuple[int, int, int, bool, bool, int, int], PartBytes] = field(default_factory=dict)
+    _active: dict[int, int] = field(default_factory=dict)
     _broken: dict[tuple[int, int, bool, int, bool], tuple[Violation, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.model, self.engine.platform)
+        kinds = {s.kind for s in self.model.schemes()}
+        self.operands = "int8" if Kind.INT_ACT in kinds else "fp8" if Kind.FP8 in kinds else "bf16"
+
+    def kinds_between(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(kind, number) of the layers start .. stop - 1."""
+        return list(Counter(self.model.layer_kind[start:stop]).items())
+
+    def active(self, kind: int) -> int:
+        """Parameters of a layer that one token is multiplied with, over all ranks."""
+        if kind not in self._active:
+            experts = self.model.info.experts
+            self._active[kind] = sum(
+                w.module.n * w.module.k * (experts.per_token if experts and w.module.experts > 1 else 1)
+                for w in self.model.kinds[kind]
+                if w.module.k > 1 and w.module.part is not Part.ABSORBED
+            )
+        return self._active[kind]
 
     def broken(self, shape: Shape) -> tuple[Violation, ...]:
         """Rules that the shape breaks."""
@@ -111,11 +135,18 @@ class Fitter:
             longest = self.model.info.max_position
             text = f"context {self.workload.context} is longer than the model's {longest} positions"
             return Fit(shape, False, text, broken=(Violation("context", text, (f"--context {longest}",)),))
-        stages, batch = self._stages(shape, devices, sequences, usable, cuts or even_cuts(self.layers, shape.pp))
+        cuts = cuts or even_cuts(self.layers, shape.pp)
+        stages, batch = self._stages(shape, devices, sequences, usable, cuts)
         poorest = min(range(len(stages)), key=lambda i: stages[i].available)
         if stages[poorest].available <= 0:
             return _too_heavy(shape, stages, poorest, sequences, batch)
         return self._with_pool(shape, stages, sequences, batch)
+
+    def stages_of(
+        self, shape: Shape, devices: Sequence[DeviceType], sequences: int, usable: float
+    ) -> tuple[Stage, ...]:
+        """Ledgers of the stages under the engine's default cut."""
+        return self._stages(shape, devices, sequences, usable, even_cuts(self.layers, shape.pp))[0]
 
     @property
     def layers(self) -> int:
@@ -141,7 +172,11 @@ class Fitter:
         _, groups = self.groups(shape)
         if len(bounds) == 1:
             return [groups]
-        return [[g.only(self._names(groups, start, stop)) for g in groups] for start, stop in bounds]
+        key = (shape.tp, shape.dcp, tuple(bounds))
+        if key not in self._stage_groups:
+            ranks = [[g.only(self._names(groups, start, stop)) for g in groups] for start, stop in bounds]
+            self._stage_groups[key] = ranks
+        return self._stage_groups[key]
 
     def _names(self, groups: Sequence[Group], start: int, stop: int) -> frozenset[str]:
         end = math.inf if stop == self.layers else stop
@@ -163,7 +198,10 @@ class Fitter:
     def _stage(self, shape: Shape, start: int, stop: int, device: DeviceType, batch: Batch, usable: float) -> Stage:
         info, speculation = self.model.info, self.workload.speculative_tokens > 0
         experts = shape.experts_on(0, info.experts.count) if info.experts else 0
-        weights = self.ledger.stage(shape, start, stop, experts, speculation)
+        key = (shape.tp, 1 if shape.ep else shape.dp, experts, shape.ep, shape.dp > 1, start, stop)
+        if key not in self._parts:
+            self._parts[key] = self.ledger.stage(shape, start, stop, experts, speculation)
+        weights = self._parts[key]
         if not self.workload.vision:
             weights = {part: size for part, size in weights.items() if part.value != "vision tower"}
         lines = overheads(self.model, shape, stop - start, stop == info.layers, batch, self.workload, self.constants)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transload.plan.catalogue import Constant
 from transload.plan.model import Model
@@ -108,4 +109,9 @@ def _line(name: str, constant: Constant, count: int = 1) -> Overhead:
 
 
 def _bytes(constant: Constant) -> int:
-    return parse_size(constant.value)
+    return _size(constant.value)
+
+
+@lru_cache(maxsize=256)
+def _size(value: float | str) -> int:
+    return parse_size(value)

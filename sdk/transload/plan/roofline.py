@@ -14,7 +14,6 @@ from transload.plan.catalogue import DeviceType
 from transload.plan.cluster import Links
 from transload.plan.fit import Fit, Fitter, Stage
 from transload.plan.modules import Part
-from transload.plan.schemes import Kind
 from transload.plan.shapes import Shape
 
 UNCERTAINTY = 0.4
@@ -61,34 +60,23 @@ def _decode(fitter: Fitter, fit: Fit, index: int, batch: int, links: Links, span
     per_request = fit.pool.request_blocks * fit.pool.block_bytes[index]
     cache = batch * per_request * min(1.0, fitter.workload.average_tokens / fitter.workload.context)
     memory = (touched + cache) / (stage.device.bandwidth * _MEMORY_EFFICIENCY)
-    compute = 2 * batch * _active(fitter, stage, shape) / (stage.device.rate(_width(fitter)) * _COMPUTE_EFFICIENCY)
+    compute = 2 * batch * _active(fitter, stage, shape) / (stage.device.rate(fitter.operands) * _COMPUTE_EFFICIENCY)
     layers = stage.stop - stage.start
     return max(memory, compute) + _collectives(fitter, stage, shape, batch, links, spans_nodes) + layers * _LAUNCH
 
 
 def _prefill(fitter: Fitter, stage: Stage, shape: Shape, tokens: int) -> float:
-    compute = 2 * tokens * _active(fitter, stage, shape) / (stage.device.rate(_width(fitter)) * _COMPUTE_EFFICIENCY)
+    compute = 2 * tokens * _active(fitter, stage, shape) / (stage.device.rate(fitter.operands) * _COMPUTE_EFFICIENCY)
     return max(compute, stage.weight_bytes / (stage.device.bandwidth * _MEMORY_EFFICIENCY), 1e-6)
 
 
 def _active(fitter: Fitter, stage: Stage, shape: Shape) -> float:
     """Parameters that a token is multiplied with on one rank of the stage."""
-    total = 0.0
-    info = fitter.model.info
-    for i in range(stage.start, stage.stop):
-        total += _layer_active(fitter, fitter.model.layer_kind[i], shape)
-    return total + (info.vocab * info.hidden / shape.tp if stage.stop == info.layers else 0)
-
-
-def _layer_active(fitter: Fitter, kind: int, shape: Shape) -> float:
-    total, experts = 0.0, fitter.model.info.experts
-    for weight in fitter.model.kinds[kind]:
-        m = weight.module
-        if m.k == 1 or m.part is Part.ABSORBED:
-            continue
-        chosen = experts.per_token if experts and m.experts > 1 else 1
-        total += m.n * m.k * chosen / shape.tp
-    return total
+    info, total = fitter.model.info, 0.0
+    for kind, count in fitter.kinds_between(stage.start, stage.stop):
+        total += count * fitter.active(kind)
+    total += info.vocab * info.hidden if stage.stop == info.layers else 0
+    return total / shape.tp
 
 
 def _collectives(fitter: Fitter, stage: Stage, shape: Shape, batch: int, links: Links, spans_nodes: bool) -> float:
@@ -98,20 +86,14 @@ def _collectives(fitter: Fitter, stage: Stage, shape: Shape, batch: int, links: 
     if shape.tp > 1:
         ring = 2 * (shape.tp - 1) / shape.tp * message / stage.device.link
         seconds += 2 * layers * (ring + 8e-6)
+    if shape.dcp > 1:  # queries are gathered and partial results merged in every layer
+        seconds += layers * (2 * message / stage.device.link + 16e-6)
     if info.experts is not None and shape.dp > 1:
         link = min(stage.device.link, links.between_nodes) if spans_nodes else stage.device.link
         seconds += layers * (2 * message * info.experts.per_token / link + 2 * (links.latency if spans_nodes else 8e-6))
     if shape.pp > 1:
         seconds += message / links.between_nodes + links.latency
     return seconds
-
-
-def _width(fitter: Fitter) -> str:
-    """Width of the operands of most of the arithmetic."""
-    kinds = {s.kind for s in fitter.model.schemes()}
-    if Kind.INT_ACT in kinds:
-        return "int8"
-    return "fp8" if Kind.FP8 in kinds else "bf16"
 
 
 def router_weights(rates: Sequence[float]) -> list[float]:

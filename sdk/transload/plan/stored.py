@@ -1,0 +1,164 @@
+"""Schemes as the checkpoint's headers show them: which tensors a module has, their dtypes and shapes.
+
+Headers beat the config: a module is what lies in the file. Shapes are held against the config's dimensions, so that a
+config of another model, or a half-written checkpoint, is found before anything is planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transload.errors import FormatError
+from transload.headers import TensorInfo
+from transload.models.info import ModelInfo
+from transload.plan.modules import Module, layer_modules
+from transload.plan.schemes import (
+    BF16,
+    FP8_CHANNEL,
+    FP32,
+    MXFP4,
+    NVFP4,
+    Scheme,
+    blocks,
+    fp8_block,
+    integer,
+    integer_act,
+)
+
+_FLOATS = {"BF16": BF16, "F16": BF16, "F32": FP32}
+# GGUF block types: values in a block, bytes of a block (ggml-common.h).
+_GGUF = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84),
+    "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136), "MXFP4": (32, 17),
+}  # fmt: skip
+_SUFFIXES = (
+    "weight", "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_zero_point",
+    "weight_shape", "weight_g_idx", "weight_scale_inv", "weight_offset", "weight_scale_second", "weight_offset_second",
+    "scale_bias", "weight_global_scale", "weight_scale_2", "bias", "input_scale", "e_score_correction_bias",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What headers say: module name -> scheme, and bytes of tensors that no module of the model explains."""
+
+    schemes: Mapping[str, Scheme]
+    other_bytes: int
+    other: tuple[str, ...]
+
+
+def read_stored(headers: Mapping[str, TensorInfo], info: ModelInfo, description: Mapping[str, object]) -> Stored:
+    """Schemes of all modules in the headers. description is quant_model_description.json, empty when there is none.
+
+    Raises FormatError naming the tensor whose shape contradicts the config, or the module that is missing.
+    """
+    modules = _by_module(headers)
+    schemes = {}
+    for name, tensors in modules.items():
+        scheme = _scheme(name, tensors, description)
+        if scheme is not None:
+            schemes[name] = scheme
+    _check(info, modules, schemes)
+    other = [t for t in headers.values() if _unexplained(t.name, info)]
+    return Stored(schemes, sum(t.nbytes for t in other), tuple(t.name for t in other[:3]))
+
+
+def _by_module(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    out: dict[str, dict[str, TensorInfo]] = {}
+    for name, tensor in headers.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix in _SUFFIXES:
+            out.setdefault(module, {})[suffix] = tensor
+    return out
+
+
+def _scheme(name: str, t: Mapping[str, TensorInfo], description: Mapping[str, object]) -> Scheme | None:
+    if "qweight" in t and "scales" in t:
+        return _packed(t)
+    if "weight_packed" in t:
+        return _compressed(t)
+    weight = t.get("weight")
+    if weight is None:
+        return None
+    if weight.dtype in _FLOATS:
+        return _FLOATS[weight.dtype]
+    if weight.dtype in _GGUF:
+        return blocks(weight.dtype, *_GGUF[weight.dtype])
+    if weight.dtype.startswith("F8"):
+        return _fp8(t)
+    if weight.dtype == "I8":
+        return _int8(name, t, description)
+    return blocks("nf4", 64, 36) if weight.dtype == "U8" else None
+
+
+def _packed(t: Mapping[str, TensorInfo]) -> Scheme:
+    """GPTQ packs along K ([K / 8, N] for 4 bits), AWQ along N; both scales are [G, N]."""
+    words, scales = t["qweight"].shape, t["scales"].shape
+    if words[-1] == scales[-1]:
+        zeros = t.get("qzeros")
+        bits = 32 * zeros.shape[-1] // scales[-1] if zeros is not None and scales[-1] else 4
+        k = words[0] * 32 // max(bits, 1)
+        return integer(bits, _group(k, scales[0]))
+    return integer(4, _group(words[0], scales[0]), asymmetric=True)
+
+
+def _compressed(t: Mapping[str, TensorInfo]) -> Scheme:
+    packed, scale = t["weight_packed"], t.get("weight_scale")
+    if scale is None:
+        raise FormatError(f"{packed.file}: {packed.name} has no weight_scale beside it")
+    if packed.dtype == "U8":
+        return NVFP4 if scale.dtype.startswith("F8_E4M3") else MXFP4
+    k = packed.shape[-1] * 8
+    return integer(4, _group(k, scale.shape[-1]), "weight_zero_point" in t, "weight_g_idx" in t)
+
+
+def _fp8(t: Mapping[str, TensorInfo]) -> Scheme:
+    scale, weight = t.get("weight_scale_inv") or t.get("weight_scale"), t["weight"]
+    if scale is None or len(scale.shape) < 2 or scale.shape[-1] <= 1:
+        return FP8_CHANNEL
+    return fp8_block(-(-weight.shape[0] // scale.shape[0]), -(-weight.shape[1] // scale.shape[1]))
+
+
+def _int8(name: str, t: Mapping[str, TensorInfo], description: Mapping[str, object]) -> Scheme:
+    kind = str(description.get(f"{name}.weight", ""))
+    bits = 4 if kind.startswith("W4") or "scale_bias" in t or "weight_scale_second" in t else 8
+    second = t.get("weight_scale_second")
+    group = _group(t["weight"].shape[-1], second.shape[-1]) if second is not None else -1
+    return integer(bits, group) if kind.endswith("A16") else integer_act(bits, group)
+
+
+def _group(k: int, groups: int) -> int:
+    return -1 if groups <= 1 else -(-k // groups)
+
+
+def _check(info: ModelInfo, modules: Mapping[str, Mapping[str, TensorInfo]], schemes: Mapping[str, Scheme]) -> None:
+    """Compares float weights of every layer with the config, and asks for every module of the first and last layer."""
+    for i in range(info.layers):
+        for module in layer_modules(info, i):
+            if not module.name or module.k == 1:
+                continue
+            name = f"{info.names.layers}.{i}.{module.name}".replace("{e}", "0")
+            tensors = modules.get(name)
+            if tensors is None:
+                continue
+            _check_shape(name, module, tensors, schemes.get(name))
+
+
+def _check_shape(name: str, module: Module, t: Mapping[str, TensorInfo], scheme: Scheme | None) -> None:
+    weight = t.get("weight")
+    if weight is None or scheme is None or weight.dtype not in (*_FLOATS, "F8_E4M3") or len(weight.shape) != 2:
+        return
+    if tuple(weight.shape) != (module.n, module.k):
+        raise FormatError(
+            f"{weight.file}: {weight.name} is {tuple(weight.shape)}, the config says ({module.n}, {module.k})"
+        )
+
+
+def _unexplained(name: str, info: ModelInfo) -> bool:
+    """True for tensors outside the language model's own names, when no vision tower accounts for them."""
+    roots = (info.names.layers, info.names.embed, info.names.norm, info.names.head)
+    if any(name.startswith(root) for root in roots) or info.vision is not None:
+        return False
+    return not name.startswith(("model.layers.", "mtp.", "blk.", "token_embd", "output"))
