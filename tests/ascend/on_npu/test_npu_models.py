@@ -106,4 +106,13 @@ def test_a_checkpoint_ported_for_vllm_ascend_runs_its_experts_in_w4a8(name: str,
     transload.port(tmp_path / "quantized", tmp_path / "ascend", to="msmodelslim", activations="int8")
     error, kernels = _compare(tmp_path / "ascend", None, None)
     assert error < TOLERANCE
+    if NPU.simulated:
+        assert _fused_calls() > 0
     assert kernels["ascend-grouped-w4a8 W4A8->W4A8"] > 0
+
+
+def _fused_calls() -> int:
+    """Calls of the fused gate-up operator, which the simulator counts."""
+    from simulator.meta import CALLS
+
+    return CALLS["npu_grouped_matmul_swiglu_quant_v2"]
