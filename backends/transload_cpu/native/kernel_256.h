@@ -49,13 +49,13 @@ inline __m256i dot(__m256i sum, __m256i codes, __m256i x) {
 // Scale and zero of 8 outputs in one group.
 struct Side {
   __m256 scale, offset;  // offset is added times the moment
-  __m256i minus_zero;    // pairs of int16 (-zero, 0), multiplied with the row sums
+  __m256i minus_zero;    // with TL_ZERO_CODES: pairs of int16 (-zero, 0), multiplied with the row sums
 };
 
 inline Side load_side(const tl_geometry &g, const Panel &panel, int64_t at) {
   const __m256i lower_half = _mm256_set1_epi32(0xffff);
   Side s{load_floats(panel.scales, at, g.scale_dtype), _mm256_setzero_ps(),
-         _mm256_and_si256(_mm256_set1_epi32(-g.midpoint), lower_half)};
+         _mm256_setzero_si256()};
   if (g.zero == TL_ZERO_CODES) {
     const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(panel.zeros + at)));
     s.minus_zero = _mm256_and_si256(_mm256_sub_epi32(_mm256_setzero_si256(), zero), lower_half);
@@ -72,7 +72,7 @@ template <int ROWS, int BITS, bool SPLIT>
 void multiply_half(const Plan &p, const Panel &panel, const Tile &tile, int half, float *out) {
   constexpr int TOKENS = SPLIT ? ROWS / 2 : ROWS, STEP = BITS * kPanel;
   const tl_geometry &g = p.weight->geometry;
-  const bool whole_zeros = g.zero == TL_ZERO_MIDPOINT || g.zero == TL_ZERO_CODES;
+  const bool code_zeros = g.zero == TL_ZERO_CODES, float_zeros = g.zero >= TL_ZERO_FLOATS;
   const __m256i nibble = _mm256_set1_epi8(15);
   const int64_t stride = int64_t(p.rows) * 8, kp = p.weight->kp;
   __m256 y[TOKENS][2];
@@ -83,7 +83,7 @@ void multiply_half(const Plan &p, const Panel &panel, const Tile &tile, int half
     const int64_t left = kp - s * p.segment, steps = (left < p.segment ? left : p.segment) / 8;
     __m256i sum[ROWS][2];
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = _mm256_set1_epi32(tile.start[s * p.rows + r]);
     for (int64_t i = 0; i < steps; i++, codes += STEP, q += stride) {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; v++) {
@@ -106,7 +106,7 @@ void multiply_half(const Plan &p, const Panel &panel, const Tile &tile, int half
     for (int v = 0; v < 2; v++) {
       const Side w = load_side(g, panel, group + v * 8);
       auto total = [&](int r) {
-        if (!whole_zeros) return sum[r][v];
+        if (!code_zeros) return sum[r][v];
         const __m256i row_sum = _mm256_set1_epi32(tile.sum[side + r]);
         return _mm256_add_epi32(sum[r][v], _mm256_madd_epi16(w.minus_zero, row_sum));
       };
@@ -117,7 +117,7 @@ void multiply_half(const Plan &p, const Panel &panel, const Tile &tile, int half
         if (SPLIT) all = _mm256_add_epi32(_mm256_slli_epi32(all, 7), total(r + 1));
         const __m256 scale = _mm256_mul_ps(w.scale, _mm256_set1_ps(tile.scale[side + r]));
         y[m][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), scale, y[m][v]);
-        if (!whole_zeros) y[m][v] = _mm256_fmadd_ps(w.offset, _mm256_set1_ps(tile.moment[side + r]), y[m][v]);
+        if (float_zeros) y[m][v] = _mm256_fmadd_ps(w.offset, _mm256_set1_ps(tile.moment[side + r]), y[m][v]);
       }
     }
   }

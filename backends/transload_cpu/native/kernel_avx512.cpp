@@ -10,6 +10,7 @@
 namespace transload {
 namespace {
 
+constexpr int64_t kPrefetch = 4096;  // bytes ahead in the weight's one stream
 constexpr int kRows = 12;  // 12 rows * 2 vectors = 24 sums, leaving 8 of the 32 registers for operands
 
 inline __m512i broadcast_four(const int8_t *q) {
@@ -18,76 +19,102 @@ inline __m512i broadcast_four(const int8_t *q) {
   return _mm512_set1_epi32(four);
 }
 
+// Calls f with the constants 0 .. N - 1. The compiler then sees constant indices from the start and keeps small arrays
+// in registers, which it does not do for loops that it unrolls later.
+template <int... I, class F>
+inline __attribute__((always_inline)) void unroll(std::integer_sequence<int, I...>, const F &f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+inline __attribute__((always_inline)) void unroll(const F &f) {
+  unroll(std::make_integer_sequence<int, N>{}, f);
+}
+
+// The operands of one panel for 8 inputs: inputs 0..3 and 4..7 of 16 + 16 outputs.
+struct Eight {
+  __m512i first[2], second[2];
+};
+
+// With `apart`, the high nibbles stay where they are and count 16 times.
+template <int BITS, bool APART>
+inline __attribute__((always_inline)) Eight load_eight(const uint8_t *codes) {
+  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(static_cast<char>(0xf0));
+  Eight e;
+  unroll<2>([&](auto t) {
+    const __m512i row = _mm512_loadu_si512(codes + t * 64);
+    if constexpr (BITS == 8) {
+      e.first[t] = row;
+      e.second[t] = _mm512_loadu_si512(codes + 128 + t * 64);
+    } else {
+      e.first[t] = _mm512_and_si512(row, low);
+      e.second[t] = APART ? _mm512_and_si512(row, high) : _mm512_and_si512(_mm512_srli_epi16(row, 4), low);
+    }
+  });
+  return e;
+}
+
 template <int ROWS, int BITS, bool SPLIT>
 void multiply_rows(const Plan &p, const Panel &panel, const Tile &tile, float *out) {
   constexpr bool APART = ROWS <= 4;  // separate sums for both halves of the 8 inputs
   constexpr int TOKENS = SPLIT ? ROWS / 2 : ROWS, STEP = BITS * kPanel;
   const tl_geometry &g = p.weight->geometry;
-  const bool whole = whole_zeros(g);
-  const __m512i low_mask = _mm512_set1_epi8(15), high_mask = _mm512_set1_epi8(static_cast<char>(0xf0));
+  const bool code_zeros = g.zero == TL_ZERO_CODES, float_zeros = g.zero >= TL_ZERO_FLOATS;
   const int64_t stride = int64_t(p.rows) * 8, kp = p.weight->kp;
   __m512 y[TOKENS][2];
-  for (auto &row : y) row[0] = row[1] = _mm512_setzero_ps();
+  unroll<TOKENS>([&](auto m) { y[m][0] = y[m][1] = _mm512_setzero_ps(); });
   const uint8_t *codes = panel.codes;
   const int8_t *q = tile.q;
   int64_t group = 0, until_next_group = p.segments_per_group;
   for (int64_t s = 0; s < p.segments; s++) {
     const int64_t left = kp - s * p.segment, steps = (left < p.segment ? left : p.segment) / 8;
-    __m512i low[ROWS][2], high[ROWS][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++) low[r][0] = low[r][1] = high[r][0] = high[r][1] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < steps; i++, codes += STEP, q += stride) {
-      __m512i a[2], b[2];  // the operands for inputs 0..3 and 4..7
-#pragma GCC unroll 2
-      for (int t = 0; t < 2; t++) {
-        a[t] = _mm512_loadu_si512(codes + t * 64);
-        _mm_prefetch(reinterpret_cast<const char *>(codes + t * 64 + 4096), _MM_HINT_T0);
-        if (BITS == 8) {
-          b[t] = _mm512_loadu_si512(codes + 128 + t * 64);
-        } else {
-          b[t] = APART ? _mm512_and_si512(a[t], high_mask) : _mm512_and_si512(_mm512_srli_epi16(a[t], 4), low_mask);
-          a[t] = _mm512_and_si512(a[t], low_mask);
-        }
-      }
-#pragma GCC unroll 12
-      for (int r = 0; r < ROWS; r++) {
-        const __m512i x = broadcast_four(q + r * 8);
-        low[r][0] = _mm512_dpbusd_epi32(low[r][0], a[0], x);
-        low[r][1] = _mm512_dpbusd_epi32(low[r][1], a[1], x);
-      }
-#pragma GCC unroll 12
-      for (int r = 0; r < ROWS; r++) {
-        const __m512i x = broadcast_four(q + r * 8 + 4);
-        auto &to = APART ? high[r] : low[r];
-        to[0] = _mm512_dpbusd_epi32(to[0], b[0], x);
-        to[1] = _mm512_dpbusd_epi32(to[1], b[1], x);
-      }
-    }
+    __m512i sum[ROWS][2], apart[APART ? ROWS : 1][2];
     const int64_t side = s * p.rows;
-#pragma GCC unroll 2
-    for (int t = 0; t < 2; t++) {
-      const Side w = load_side(g, panel, group * kPanel + t * kHalf);
-      auto total = [&](int r) {
-        __m512i sum = low[r][t];
-        if (APART) sum = _mm512_add_epi32(sum, BITS == 4 ? _mm512_srai_epi32(high[r][t], 4) : high[r][t]);
-        return whole ? _mm512_dpwssd_epi32(sum, w.minus_zero, _mm512_set1_epi32(tile.sum[side + r])) : sum;
-      };
-#pragma GCC unroll 12
-      for (int m = 0; m < TOKENS; m++) {
-        const int r = SPLIT ? 2 * m : m;
-        __m512i sum = total(r);
-        if (SPLIT) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 7), total(r + 1));
-        const __m512 scale = _mm512_mul_ps(w.scale, _mm512_set1_ps(tile.scale[side + r]));
-        y[m][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, y[m][t]);
-        if (!whole) y[m][t] = _mm512_fmadd_ps(w.offset, _mm512_set1_ps(tile.moment[side + r]), y[m][t]);
-      }
+    unroll<ROWS>([&](auto r) { sum[r][0] = sum[r][1] = _mm512_set1_epi32(tile.start[side + r]); });
+    if constexpr (APART) unroll<ROWS>([&](auto r) { apart[r][0] = apart[r][1] = _mm512_setzero_si512(); });
+    for (int64_t i = 0; i < steps; i++, codes += STEP, q += stride) {
+      const Eight e = load_eight<BITS, APART>(codes);
+      unroll<STEP / 64>([&](auto line) {
+        _mm_prefetch(reinterpret_cast<const char *>(codes + kPrefetch + line * 64), _MM_HINT_T0);
+      });
+      unroll<ROWS>([&](auto r) {
+        const __m512i x = broadcast_four(q + r * 8);
+        sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], e.first[0], x);
+        sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], e.first[1], x);
+      });
+      unroll<ROWS>([&](auto r) {
+        const __m512i x = broadcast_four(q + r * 8 + 4);
+        if constexpr (APART) {
+          apart[r][0] = _mm512_dpbusd_epi32(apart[r][0], e.second[0], x);
+          apart[r][1] = _mm512_dpbusd_epi32(apart[r][1], e.second[1], x);
+        } else {
+          sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], e.second[0], x);
+          sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], e.second[1], x);
+        }
+      });
     }
+    unroll<2>([&](auto t) {
+      const Side w = load_side(g, panel, group * kPanel + t * kHalf);
+      unroll<ROWS>([&](auto r) {
+        __m512i &all = sum[r][t];
+        if constexpr (APART)
+          all = _mm512_add_epi32(all, BITS == 4 ? _mm512_srai_epi32(apart[r][t], 4) : apart[r][t]);
+        if (code_zeros) all = _mm512_dpwssd_epi32(all, w.minus_zero, _mm512_set1_epi32(tile.sum[side + r]));
+      });
+      unroll<TOKENS>([&](auto m) {
+        constexpr int r = SPLIT ? 2 * m : m;
+        __m512i all = sum[r][t];
+        if constexpr (SPLIT) all = _mm512_add_epi32(_mm512_slli_epi32(all, 7), sum[r + 1][t]);
+        const __m512 scale = _mm512_mul_ps(w.scale, _mm512_set1_ps(tile.scale[side + r]));
+        y[m][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), scale, y[m][t]);
+        if (float_zeros) y[m][t] = _mm512_fmadd_ps(w.offset, _mm512_set1_ps(tile.moment[side + r]), y[m][t]);
+      });
+    });
     if (--until_next_group == 0) group++, until_next_group = p.segments_per_group;
   }
-  for (int m = 0; m < TOKENS; m++) {
+  unroll<TOKENS>([&](auto m) {
     _mm512_storeu_ps(out + m * kPanel, y[m][0]);
     _mm512_storeu_ps(out + m * kPanel + kHalf, y[m][1]);
-  }
+  });
 }
 
 using MultiplyRows = void (*)(const Plan &, const Panel &, const Tile &, float *);

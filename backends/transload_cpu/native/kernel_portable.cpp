@@ -32,14 +32,13 @@ void scale_segment(const Plan &p, const Panel &panel, const Tile &tile, int64_t 
   const int step = p.split ? 2 : 1;
   for (int j = 0; j < kPanel; j++) {
     const float scale = read_float(panel.scales, group + j, g.scale_dtype);
-    const bool whole = g.zero == TL_ZERO_MIDPOINT || g.zero == TL_ZERO_CODES;
-    const int32_t zero = g.zero == TL_ZERO_CODES ? panel.zeros[group + j] : whole ? g.midpoint : 0;
+    const int32_t zero = g.zero == TL_ZERO_CODES ? panel.zeros[group + j] : 0;
     float offset = 0;
     if (g.zero == TL_ZERO_FLOATS) offset = -scale * read_float(panel.zeros, group + j, g.scale_dtype);
     if (g.zero == TL_ZERO_MINS) offset = read_float(panel.zeros, group + j, g.scale_dtype);
     for (int r = 0; r < rows; r += step) {
-      int32_t sum = sums.of[r][j] - zero * tile.sum[side + r];
-      if (p.split) sum = sum * 128 + sums.of[r + 1][j] - zero * tile.sum[side + r + 1];
+      int32_t sum = sums.of[r][j] + tile.start[side + r] - zero * tile.sum[side + r];
+      if (p.split) sum = sum * 128 + sums.of[r + 1][j] + tile.start[side + r + 1] - zero * tile.sum[side + r + 1];
       float &y = out[r / step * kPanel + j];
       y += static_cast<float>(sum) * scale * tile.scale[side + r];
       y += offset * tile.moment[side + r];

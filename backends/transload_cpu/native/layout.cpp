@@ -30,9 +30,8 @@ bool valid(const tl_geometry &g) {
   const bool sizes = g.n > 0 && g.k > 0 && g.experts > 0 && g.n < kLargest && g.k < kLargest;
   const bool group = g.group_size == -1 || (g.group_size > 0 && g.group_size % 8 == 0 && g.group_size < kLargest) ||
                      g.group_size >= g.k;
-  return sizes && group && (g.bits == 4 || g.bits == 8) && g.zero >= TL_ZERO_MIDPOINT && g.zero <= TL_ZERO_MINS && g.midpoint >= 0 &&
-         g.midpoint <= 255 &&
-         g.scale_dtype >= TL_FLOAT32 && g.scale_dtype <= TL_FLOAT16 && (g.act_order == 0 || g.act_order == 1);
+  const bool zero = g.zero >= TL_ZERO_MIDPOINT && g.zero <= TL_ZERO_MINS && g.midpoint >= 0 && g.midpoint <= 255;
+  return sizes && group && zero && (g.bits == 4 || g.bits == 8) && g.scale_dtype >= TL_FLOAT32 && g.scale_dtype <= TL_FLOAT16 && (g.act_order == 0 || g.act_order == 1);
 }
 
 }  // namespace

@@ -76,12 +76,12 @@ struct Work {
   int threads;
   int8_t *q;              // all tiles, one after the other
   float *scale, *moment;
-  int32_t *sum;
+  int32_t *sum, *start;
   uint8_t *row_memory;    // per thread: float [kp], int8 [2 * kp]
   float *out;             // per thread: [rows of the largest band][32]
   int64_t out_floats;
 
-  Tile tile(int64_t index) const { return tile_after(plan, {q, scale, sum, moment}, index); }
+  Tile tile(int64_t index) const { return tile_after(plan, {q, scale, sum, start, moment}, index); }
   int64_t tokens_per_tile() const { return plan.split ? plan.rows / 2 : plan.rows; }
 };
 
@@ -122,13 +122,14 @@ void reserve_memory(Work &w, Scratch &scratch) {
   for (const Band &band : w.bands) most_tiles = std::max(most_tiles, band.tiles);
   w.out_floats = most_tiles * w.plan.rows * kPanel;
   const size_t out = static_cast<size_t>(w.out_floats) * 4 * static_cast<size_t>(w.threads);
-  uint8_t *at = scratch.reserve(values + 3 * sides + out + up(rows));
+  uint8_t *at = scratch.reserve(values + 4 * sides + out + up(rows));
   w.q = reinterpret_cast<int8_t *>(at);
   w.scale = reinterpret_cast<float *>(at + values);
   w.moment = reinterpret_cast<float *>(at + values + sides);
   w.sum = reinterpret_cast<int32_t *>(at + values + 2 * sides);
-  w.out = reinterpret_cast<float *>(at + values + 3 * sides);
-  w.row_memory = at + values + 3 * sides + out;
+  w.start = reinterpret_cast<int32_t *>(at + values + 3 * sides);
+  w.out = reinterpret_cast<float *>(at + values + 4 * sides);
+  w.row_memory = at + values + 4 * sides + out;
 }
 
 const int32_t *order_of(const Work &w) {
@@ -187,7 +188,8 @@ void run(const Work &w) {
 
 // Rows of x are at most what 63 bits can address, and counts add up to m.
 bool valid(const tl_product &c, const Layout &w) {
-  if (c.m < 0 || (c.m > 0 && (!c.x || !c.y)) || c.threads < 1 || c.x_dtype < TL_FLOAT32 || c.x_dtype > TL_FLOAT16) return false;
+  if (c.m < 0 || (c.m > 0 && (!c.x || !c.y)) || c.threads < 1) return false;
+  if (c.x_dtype < TL_FLOAT32 || c.x_dtype > TL_FLOAT16) return false;
   if ((c.act_bits != 8 && c.act_bits != 16) || (c.m > 1 && c.x_stride < w.geometry.k)) return false;
   if (!c.counts) return w.geometry.experts == 1;
   int64_t rows = 0;
@@ -198,10 +200,17 @@ bool valid(const tl_product &c, const Layout &w) {
   return rows == c.m;
 }
 
-// The most rows that one expert has: what decides the size of a tile, so that a single row does not sit in one of twelve.
+// The most rows that one expert has.
 int64_t most_rows(const tl_product &c, const Plan &p) {
   const int64_t experts = p.weight->geometry.experts;
   return (c.counts ? *std::max_element(c.counts, c.counts + experts) : c.m) * (p.split ? 2 : 1);
+}
+
+// Rows of a tile: as many tiles as it takes, all of about the same height.
+int rows_of_tile(const Isa &isa, const Plan &p, int64_t rows) {
+  const int64_t step = std::max(isa.row_step, p.split ? 2 : 1);
+  const int64_t tiles = (rows + isa.most_rows - 1) / isa.most_rows, even = (rows + tiles - 1) / tiles;
+  return static_cast<int>((even + step - 1) / step * step);
 }
 
 tl_status matmul(const tl_product &call) {
@@ -215,9 +224,8 @@ tl_status matmul(const tl_product &call) {
   const int64_t rows = most_rows(call, w.plan);
   w.isa = find_isa(call.isa, w.plan, rows);
   if (w.isa == nullptr) return TL_UNSUPPORTED_CPU;
-  if (call.m == 0) return TL_OK;
-  const int64_t step = w.isa->row_step;
-  w.plan.rows = static_cast<int>(std::min<int64_t>((rows + step - 1) / step * step, w.isa->most_rows));
+  if (rows == 0) return TL_OK;
+  w.plan.rows = rows_of_tile(*w.isa, w.plan, rows);
   w.plan.chunk = w.isa->chunk;
   w.threads = call.threads;
   static thread_local Scratch scratch;

@@ -29,11 +29,12 @@ bool plan_of(const Layout &weight, int32_t act_bits, int64_t act_group, Plan *pl
 //   q      int8  [kp / chunk][rows][chunk]
 //   scale  float [segments][rows]   one step of the activation; with split the same for both rows of a token
 //   sum    int32 [segments][rows]   sum of q over the segment
+//   start  int32 [segments][rows]   -midpoint times that sum, where sums of products start; 0 for other kinds of zero
 //   moment float [segments][rows]   scale times the sum of the whole activation; with split in the upper row only
 struct Tile {
   int8_t *q;
   float *scale;
-  int32_t *sum;
+  int32_t *sum, *start;
   float *moment;
 };
 
@@ -43,7 +44,8 @@ inline int64_t tile_sides(const Plan &p) { return p.segments * p.rows; }
 // The tile `index` places behind `first`.
 inline Tile tile_after(const Plan &p, const Tile &first, int64_t index) {
   const int64_t side = index * tile_sides(p);
-  return {first.q + index * tile_values(p), first.scale + side, first.sum + side, first.moment + side};
+  return {first.q + index * tile_values(p), first.scale + side, first.sum + side, first.start + side,
+          first.moment + side};
 }
 
 }  // namespace transload

@@ -79,6 +79,8 @@ inline void place_row(const Plan &p, const int8_t *bytes, int row, int8_t *q) {
 
 void quantize_row(const Plan &p, const float *x, int row, int8_t *bytes, const Tile &tile) {
   const int64_t kp = p.weight->kp, per_group = p.act_group / p.segment;
+  const tl_geometry &g = p.weight->geometry;
+  const int32_t midpoint = g.zero == TL_ZERO_MIDPOINT ? g.midpoint : 0;
   const float limit = p.split ? 16256.f : 127.f;
   int8_t *lower = bytes + kp;
   std::memset(bytes, 0, static_cast<size_t>(p.split ? 2 * kp : kp));
@@ -97,12 +99,14 @@ void quantize_row(const Plan &p, const float *x, int row, int8_t *bytes, const T
       if (usable) quantize_to_15(x + from, length, step, bytes + from, lower + from, sums);
       tile.scale[at + 1] = step;
       tile.sum[at + 1] = sums[1];
+      tile.start[at + 1] = -midpoint * sums[1];
       tile.moment[at + 1] = 0;
     } else if (usable) {
       sums[0] = quantize_to_8(x + from, length, step, bytes + from);
     }
     tile.scale[at] = step;
     tile.sum[at] = sums[0];
+    tile.start[at] = -midpoint * sums[0];
     tile.moment[at] = step * static_cast<float>(p.split ? 128 * sums[0] + sums[1] : sums[0]);
   }
   place_row(p, bytes, row, tile.q);

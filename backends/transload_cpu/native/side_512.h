@@ -24,12 +24,12 @@ inline __m512i load_zeros(const uint8_t *from) {
 // Scale and zero of 16 outputs in one group.
 struct Side {
   __m512 scale, offset;  // offset is added times the moment
-  __m512i minus_zero;    // pairs of int16 (-zero, 0), multiplied with the row sums
+  __m512i minus_zero;    // with TL_ZERO_CODES: pairs of int16 (-zero, 0), multiplied with the row sums
 };
 
 inline Side load_side(const tl_geometry &g, const Panel &panel, int64_t at) {
   Side s{load_floats(panel.scales, at, g.scale_dtype), _mm512_setzero_ps(),
-         _mm512_set1_epi32(-g.midpoint & 0xffff)};
+         _mm512_setzero_si512()};
   if (g.zero == TL_ZERO_CODES) {
     const __m512i minus = _mm512_sub_epi32(_mm512_setzero_si512(), load_zeros(panel.zeros + at));
     s.minus_zero = _mm512_and_si512(minus, _mm512_set1_epi32(0xffff));
