@@ -146,7 +146,7 @@ class Placer:
         self.target, self.options = target, options
         self.refusals: dict[str, str] = {}
         self._answers: dict[tuple[QuantSpec, tuple[int, ...], bool], str | None] = {}
-        self._layouts: dict[tuple[QuantSpec, tuple[int, ...]], Layout] = {}
+        self._layouts: dict[tuple[QuantSpec, tuple[int, ...], str], Layout] = {}
 
     def __call__(self, name: str, spec: QuantSpec, shape: tuple[int, ...], expert: int | None) -> Output:
         """Where a module goes: as it is, in an exact form, as floats, or requantized."""
@@ -201,13 +201,14 @@ class Placer:
         return Output(name, Action.DEQUANTIZE, None, {f"{name}.weight": (dtype, shape)}, expert)
 
     def _layout(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
-        key = (spec, shape)
+        last = name.rpartition(".")[2]  # msModelSlim's scale_bias has another shape for down_proj and the like
+        key = (spec, shape, last)
         if key not in self._layouts:
-            self._layouts[key] = _encoded(self.target.format, spec, shape)
+            self._layouts[key] = _encoded(self.target.format, spec, shape, last)
         return {name + part: where for part, where in self._layouts[key].items()}
 
 
-def _encoded(format: Format, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
+def _encoded(format: Format, spec: QuantSpec, shape: tuple[int, ...], name: str) -> Layout:
     """The tensors that `encode` will give, names after the module's, found by encoding a weight without data."""
     side = (*shape[:-1], spec.groups(shape[-1]))
     zero_dtype = {Zero.CODES: torch.uint8, Zero.FLOATS: spec.scale_dtype}.get(spec.zero)
@@ -219,6 +220,5 @@ def _encoded(format: Format, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
         torch.empty(side, dtype=spec.scale_dtype, device="meta") if spec.zero is Zero.MINS else None,
         torch.zeros(shape[-1], dtype=torch.int32) if spec.act_order else None,
     )
-    name = "module"
     tensors = format.encode(name, empty)
     return {full.removeprefix(name): (t.dtype, tuple(t.shape)) for full, t in tensors.items()}

@@ -85,6 +85,10 @@ def engine_answers(plan: PortPlan, path: Path) -> tuple[EngineAnswer, ...]:
 
 
 def _answer(engine: Engine, format: str, quantized: Sequence[tuple[str, QuantSpec]], path: Path) -> EngineAnswer:
+    if not quantized:  # plain floats are every vLLM's own format, and need no flag
+        if engine.name.startswith("vllm"):
+            return EngineAnswer(engine.label, f"vllm serve {path}", None)
+        return EngineAnswer(engine.label, None, f"loads {engine.rules[0].format}, not {format}")
     for name, spec in quantized:
         covered = engine.covers(format, Layer(spec, experts=".experts." in name))
         if isinstance(covered, str):
