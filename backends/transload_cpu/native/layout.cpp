@@ -31,7 +31,8 @@ bool valid(const tl_geometry &g) {
   const bool group = g.group_size == -1 || (g.group_size > 0 && g.group_size % 8 == 0 && g.group_size < kLargest) ||
                      g.group_size >= g.k;
   const bool zero = g.zero >= TL_ZERO_MIDPOINT && g.zero <= TL_ZERO_MINS && g.midpoint >= 0 && g.midpoint <= 255;
-  return sizes && group && zero && (g.bits == 4 || g.bits == 8) && g.scale_dtype >= TL_FLOAT32 && g.scale_dtype <= TL_FLOAT16 && (g.act_order == 0 || g.act_order == 1);
+  const bool scales = g.scale_dtype >= TL_FLOAT32 && g.scale_dtype <= TL_FLOAT16;
+  return sizes && group && zero && scales && (g.bits == 4 || g.bits == 8) && (g.act_order == 0 || g.act_order == 1);
 }
 
 }  // namespace
@@ -71,8 +72,8 @@ void write_header(const Layout &l, void *packed) {
 }
 
 tl_status read_header(const void *packed, int64_t bytes, Layout *out) {
-  if (packed == nullptr) return TL_BAD_ARGUMENT;
   if (bytes < kHeaderBytes) return TL_BAD_PACKED;
+  if (packed == nullptr) return TL_BAD_ARGUMENT;
   Header h;
   std::memcpy(&h, packed, sizeof h);
   if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0 || h.version != kLayoutVersion) return TL_BAD_PACKED;
