@@ -93,4 +93,6 @@ def _answer(engine: Engine, format: str, quantized: Sequence[tuple[str, QuantSpe
         covered = engine.covers(format, Layer(spec, experts=".experts." in name))
         if isinstance(covered, str):
             return EngineAnswer(engine.label, None, f"{name} ({spec}): {covered}")
-    return EngineAnswer(engine.label, engine.command.format(path=path), None)
+    # The flag of vllm-ascend names msModelSlim's description; other formats are found in config.json.
+    command = engine.command if format == "msmodelslim" else engine.command.partition(" --quantization")[0]
+    return EngineAnswer(engine.label, command.format(path=path), None)
