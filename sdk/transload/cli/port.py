@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 def port(
     source: Annotated[Path, typer.Argument(help="A GGUF or safetensors file, or a model folder.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it appears only when it is complete.")],
-    to: Annotated[str, typer.Option("--to", help="The format to write, for example compressed-tensors.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", help="A format (compressed-tensors, gptq, bf16) or an engine (vllm, vllm-ascend==0.23)."),
+    ],
     requantize: Annotated[
         str | None,
         typer.Option(
@@ -32,6 +35,9 @@ def port(
     floats: Annotated[
         str, typer.Option(help="fp32, bf16 or fp16 for quantized tensors that the target keeps in float (embeddings).")
     ] = "fp32",
+    activations: Annotated[
+        str, typer.Option(help="keep those of the source, or declare int8 (dynamic, per token) or 16bit.")
+    ] = "keep",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a port that was killed.")] = False,
     modules: Annotated[bool, typer.Option("--modules", help="One row for every module.")] = False,
@@ -48,6 +54,7 @@ def port(
             requantize=requantize,
             requantize_all=requantize_all,
             floats=floats,
+            activations=activations,
             overwrite=overwrite,
             resume=resume,
             progress=update,
