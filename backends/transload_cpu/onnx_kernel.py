@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from transload.errors import ConfigError
 from transload.hal import Device, Kernel, Packed, Problem
 from transload.quant import Grid, QTensor
 from transload_cpu.onnx_layout import BLOCKS, block_size, lay_out
-from transload_cpu.onnx_session import Session
+from transload_cpu.onnx_session import Session, return_freed_memory
 from transload_cpu.storage import pack_tight, take_rows, unpack_tight
 
 # A larger weight is cut along N: building a session needs about 5 bytes a code for a moment.
@@ -32,7 +33,7 @@ class OnnxKernel(Kernel):
     name: ClassVar[str] = "onnx"
 
     def __init__(self) -> None:
-        self._weights: dict[int, tuple[weakref.ref[Tensor], list[list[Session]]]] = {}
+        self._weights: dict[int, _Known] = {}
         self._building = threading.Lock()
 
     def refuses(self, p: Problem, device: Device) -> str | None:
@@ -67,7 +68,7 @@ class OnnxKernel(Kernel):
     def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
         """x [M, K] times w.T plus bias [N]: [M, N] in x's dtype."""
         _check(x, w)
-        return _multiply(x, self._sessions(w)[0], w, bias)
+        return _multiply(x, self._sessions(w), w, bias)
 
     def grouped_matmul(self, x: Tensor, w: Packed, counts: Tensor, bias: Tensor | None = None) -> Tensor:
         """Rows sorted by expert, counts int64 [E] rows each: [M, N] in x's dtype. Experts without rows cost nothing."""
@@ -76,33 +77,46 @@ class OnnxKernel(Kernel):
         for e, count in enumerate(reference.rows_of_experts(counts, len(x), w.experts)):
             if count:
                 part = x[start : start + count]
-                y[start : start + count] = _multiply(
-                    part, self._sessions(w, e)[e], w, None if bias is None else bias[e]
-                )
+                y[start : start + count] = _multiply(part, self._sessions(w, e), w, None if bias is None else bias[e])
             start += count
         return y
 
-    def _sessions(self, w: Packed, expert: int | None = None) -> list[list[Session]]:
-        """The sessions of a weight, by expert; those of the expert asked for are built."""
+    def _sessions(self, w: Packed, expert: int = 0) -> list[Session]:
+        """The sessions of a weight (of one expert), built on first use.
+
+        A weight is known by its tensor of codes and that tensor's version, which torch counts up when it is written to
+        (load_state_dict does): then the sessions are built again.
+        """
         codes = w.tensors["codes"]
-        key, index = id(codes), expert or 0
-        entry = self._weights.get(key)
-        if entry is not None and entry[1][index]:
-            return entry[1]
+        key, version = id(codes), 0 if codes.is_inference() else codes._version
+        known = self._weights.get(key)
+        if known is not None and known.version == version and (found := known.sessions.get(expert)):
+            return found
         with self._building:
-            entry = self._weights.get(key)
-            if entry is None:
+            known = self._weights.get(key)
+            if known is None or known.version != version:
                 forget = weakref.ref(codes, lambda _: self._weights.pop(key, None))
-                entry = self._weights[key] = (forget, [[] for _ in range(w.experts or 1)])
-            if not entry[1][index]:
-                entry[1][index] = _build(w, expert)
-            return entry[1]
+                known = self._weights[key] = _Known(forget, version, {})
+            if expert not in known.sessions:
+                known.sessions[expert] = _build(w, expert)
+                return_freed_memory()
+            return known.sessions[expert]
 
 
-def _build(w: Packed, expert: int | None) -> list[Session]:
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What has been built for a weight, by expert. forget drops it when the weight's codes die."""
+
+    forget: weakref.ref[Tensor]
+    version: int
+    sessions: dict[int, list[Session]]
+
+
+def _build(w: Packed, expert: int) -> list[Session]:
     step = max(CODES_PER_SESSION // max(w.k, 1), 1)
+    which = None if w.experts is None else expert
     cuts = range(0, w.n, step)
-    return [Session(lay_out(take_rows(w, slice(n, n + step), expert)), w.spec.act is not None) for n in cuts]
+    return [Session(lay_out(take_rows(w, slice(n, n + step), which)), w.spec.act is not None) for n in cuts]
 
 
 def _check(x: Tensor, w: Packed) -> None:

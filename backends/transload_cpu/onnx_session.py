@@ -6,6 +6,7 @@ serialized model and are freed by ONNX Runtime once it has made its own packed c
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from functools import cache
 from typing import Any
@@ -58,6 +59,25 @@ class Session:
 
 
 _start = threading.Lock()
+
+
+def return_freed_memory() -> None:
+    """Gives what malloc holds free back to the system, where the C library has such a call (glibc).
+
+    Building a session needs several short-lived copies of its weight. Between the long-lived ones that ONNX Runtime
+    keeps, glibc does not return their pages: 40 weights of 4 million codes held 670 MB, with this call 275 MB.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows, where there is no "None" library
+        return None
 
 
 @cache

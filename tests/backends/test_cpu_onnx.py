@@ -149,6 +149,16 @@ def test_sessions_live_as_long_as_their_weight() -> None:
     assert not kernel._weights
 
 
+def test_a_weight_that_is_written_to_is_built_again() -> None:
+    kernel, w = OnnxKernel(), weight(QuantSpec(4, 32))
+    packed = kernel.pack(w)
+    kernel.matmul(inputs(), packed)
+    for name, tensor in kernel.pack(reference.quantize_rtn(-w.dequantize(), w.spec)).tensors.items():
+        packed.tensors[name].copy_(tensor)
+    assert nmse(kernel.matmul(inputs(), packed), reference.matmul(inputs(), kernel.unpack(packed))) < 1e-11
+    assert len(kernel._weights) == 1
+
+
 def test_threads_may_share_a_weight() -> None:
     kernel, w = OnnxKernel(), weight(QuantSpec(4, 32, act=GROUP_32))
     packed, xs = kernel.pack(w), [inputs(m) for m in (1, 2, 3, 4)]
