@@ -17,6 +17,7 @@ _HOMES = {
     "QuantSpec": "transload.quant",
     "TransloadConfig": "transload.runtime",
     "generate": "transload.runtime",
+    "inspect": "transload.inspection",
     "load": "transload.runtime",
     "open": "transload.checkpoint",
     "port": "transload.porting",
