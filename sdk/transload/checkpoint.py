@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -95,6 +95,11 @@ class Checkpoint:
     def contained_files(self) -> dict[str, bytes]:
         """Files by name that the container itself holds: tokenizer and settings of a GGUF file."""
         return self.format.files(self.source)
+
+    def experts(self, entry: Entry) -> Iterator[QTensor | Tensor]:
+        """The experts of a stacked entry [E, N, K], one in memory at a time where the container allows it."""
+        with naming(self.source, entry):
+            yield from self.format.experts(self.source, entry)
 
     def carried_files(self) -> list[Path]:
         """Tokenizer, chat template, generation and processor settings, licence: what a port copies as it is."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -86,11 +87,16 @@ class GgufSource:
         Floats and integers come as such, in torch's order; block types as uint8 [..., N, bytes per row].
         Raises FormatError when there is no such tensor or its bytes cannot be read.
         """
+        return _read_gguf(_find(self.infos, name, self.path))
+
+    def read_expert(self, name: str, index: int) -> Tensor:
+        """One expert of a stored stack [E, N, K], without reading the others. Raises FormatError like `read`."""
         info = _find(self.infos, name, self.path)
-        if info.dtype in _GGUF_PLAIN:
-            return _read(info, _DTYPES[info.dtype], info.shape)
-        rows = torch.Size(info.shape[:-1]).numel()
-        return _read(info, torch.uint8, (*info.shape[:-1], info.nbytes // max(rows, 1)))
+        if len(info.shape) != 3 or not 0 <= index < info.shape[0]:
+            raise FormatError(f"{info.file}: tensor {shown(name)} {info.shape} has no expert {index}")
+        size = info.nbytes // info.shape[0]
+        start = info.start + index * size
+        return _read_gguf(replace(info, shape=info.shape[1:], start=start, end=start + size))
 
     def json(self, name: str) -> Json | None:
         """None: a GGUF file stands alone."""
@@ -113,6 +119,13 @@ def _find(infos: Mapping[str, TensorInfo], name: str, path: Path) -> TensorInfo:
     if name not in infos:
         raise FormatError(f"{path}: no tensor {shown(name)}")
     return infos[name]
+
+
+def _read_gguf(info: TensorInfo) -> Tensor:
+    if info.dtype in _GGUF_PLAIN:
+        return _read(info, _DTYPES[info.dtype], info.shape)
+    rows = torch.Size(info.shape[:-1]).numel()
+    return _read(info, torch.uint8, (*info.shape[:-1], info.nbytes // max(rows, 1)))
 
 
 def _read(info: TensorInfo, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

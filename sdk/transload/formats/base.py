@@ -86,6 +86,12 @@ class Format(ABC):
         """A float entry's tensor, under Hugging Face conventions."""
         return source.read(entry.tensors[0])
 
+    def experts(self, source: Source, entry: Entry) -> Iterator[QTensor | Tensor]:
+        """The experts of a stacked entry [E, N, K], one after another, decoded or read."""
+        whole = self.read(source, entry) if entry.spec is None else self.decode(source, entry)
+        for e in range(entry.shape[0]):
+            yield whole.expert(e) if isinstance(whole, QTensor) else whole[e].contiguous()
+
     def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
         """None when `encode` can write such a weight exactly; otherwise the reason, a sentence."""
         return f"'{self.name}' is read only"

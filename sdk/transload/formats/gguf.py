@@ -7,7 +7,7 @@ one entry [E, N, K] under the name of its module (`model.layers.0.mlp.experts.up
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, TypeVar, cast
+from typing import ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -78,10 +78,26 @@ class Gguf(Format):
             tensor = _place_rows(source.read(info.name), part)
             return tensor.unsqueeze(0) if part.column else tensor
 
+    def experts(self, source: Source, entry: Entry) -> Iterator[QTensor | Tensor]:
+        """The experts of a stack, each read from its own place in the file."""
+        info = source.infos[entry.tensors[0]]
+        for e in range(entry.shape[0]):
+            raw = cast(GgufSource, source).read_expert(info.name, e)
+            yield raw if entry.spec is None else decode_blocks(info.dtype, raw, info.shape[-1])
+
+
+class GgufSource(Protocol):
+    """What a GGUF file offers besides a Source's tensors."""
+
+    header: GgufHeader
+
+    def read_expert(self, name: str, index: int) -> Tensor:
+        """One expert of a stored stack."""
+
 
 def metadata_of(source: Source) -> Mapping[str, object]:
     """The metadata of a GGUF source."""
-    return cast(GgufHeader, getattr(source, "header")).metadata  # noqa: B009
+    return cast(GgufSource, source).header.metadata
 
 
 def _naming_file(source: Source, build: Callable[[], T]) -> T:

@@ -146,11 +146,8 @@ class _Job:
         )
 
     def _write_step(self, writer: Writer, step: Step) -> None:
-        entry = step.entry
-        value = self.source.read(entry) if entry.spec is None else self.source.decode(entry)
-        for output in step.outputs:
-            one = value if output.expert is None else _expert(value, output.expert)
-            new, self.differences[output.name] = _moved(one, output, self.plan.options)
+        for output, value in zip(step.outputs, _values(self.source, step), strict=True):
+            new, self.differences[output.name] = _moved(value, output, self.plan.options)
             self.written[output.name] = fingerprint(new)
             if isinstance(new, Tensor):
                 writer.add(next(iter(output.tensors)), new)
@@ -218,8 +215,13 @@ def _as_floats(w: QTensor, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def _expert(value: QTensor | Tensor, index: int) -> QTensor | Tensor:
-    return value.expert(index) if isinstance(value, QTensor) else value[index].contiguous()
+def _values(source: Checkpoint, step: Step) -> Iterator[QTensor | Tensor]:
+    """What the outputs of a step are made of, one in memory at a time."""
+    entry = step.entry
+    if step.outputs and step.outputs[0].expert is not None:
+        yield from source.experts(entry)
+    else:
+        yield source.read(entry) if entry.spec is None else source.decode(entry)
 
 
 def _float_linears(plan: PortPlan) -> Iterator[tuple[str, tuple[int, ...]]]:

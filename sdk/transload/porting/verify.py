@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -66,13 +67,14 @@ def verify(left: str | Path, right: str | Path, progress: Progress | None = None
     """
     a, b = open_checkpoint(left), open_checkpoint(right)
     mine, theirs = _places(a), _places(b)
+    read_left, read_right = _Reader(a), _Reader(b)
     total = sum(entry.stored_bytes for entry in a.entries.values())
     done, differing = 0, []
     common = [name for name in mine if name in theirs]
     for name in common:
         if progress:
             progress(done, total, name)
-        found = _compare(a, b, name, mine[name], theirs[name])
+        found = _compare(name, read_left(mine[name]), read_right(theirs[name]))
         if found is not None:
             differing.append(found)
         entry = a.entries[mine[name][0]]
@@ -107,8 +109,7 @@ def _names(checkpoint: Checkpoint) -> Iterator[tuple[str, _Place]]:
             yield name, (entry.name, None)
 
 
-def _compare(a: Checkpoint, b: Checkpoint, name: str, mine: _Place, theirs: _Place) -> Differing | None:
-    x, y = _value(a, mine), _value(b, theirs)
+def _compare(name: str, x: QTensor | Tensor, y: QTensor | Tensor) -> Differing | None:
     if _shape(x) != _shape(y):
         return Differing(name, f"{_kind(x)} {_shape(x)}", f"{_kind(y)} {_shape(y)}", None)
     if isinstance(x, QTensor) and isinstance(y, QTensor) and x.equal(y):
@@ -117,11 +118,25 @@ def _compare(a: Checkpoint, b: Checkpoint, name: str, mine: _Place, theirs: _Pla
     return Differing(name, _kind(x), _kind(y), apart) if apart.rms_error else None
 
 
-def _value(checkpoint: Checkpoint, place: _Place) -> QTensor | Tensor:
-    value = checkpoint[place[0]]
-    if place[1] is None:
+class _Reader:
+    """Reads values by place. Experts of a stack are asked for in order, so each is read once and alone."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._stack = ""
+        self._next = 0
+        self._experts: Iterator[QTensor | Tensor] = iter(())
+
+    def __call__(self, place: _Place) -> QTensor | Tensor:
+        name, expert = place
+        if expert is None:
+            return self._checkpoint[name]
+        if name != self._stack or expert < self._next:
+            self._experts = self._checkpoint.experts(self._checkpoint.entries[name])
+            self._stack, self._next = name, 0
+        value = next(islice(self._experts, expert - self._next, None))
+        self._next = expert + 1
         return value
-    return value.expert(place[1]) if isinstance(value, QTensor) else value[place[1]]
 
 
 def _rows(value: QTensor | Tensor) -> QTensor | Tensor:
