@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transload.plan.fit import Fitter, Stage
+from transload.plan.fit import NO_BATCH, Fitter, Stage
+from transload.plan.kv import blocks_of_request
 from transload.plan.modules import Part
 from transload.plan.place import seats
 from transload.plan.result import (
@@ -184,8 +185,12 @@ def module_places(fitter: Fitter) -> tuple[ModulePlace, ...]:
     experts = info.experts.count if info.experts else 0
     first = ledger.ends(one, True, False, False)
     last = ledger.ends(one, False, True, False)
+    serving, (caches, _) = fitter.serving(one, NO_BATCH), fitter.groups(one)
+    cached = [0] * info.layers
+    for name, cache in caches.items():
+        cached[min(int(name.split(".")[1]), info.layers - 1)] += cache.page * blocks_of_request(cache, serving)
     layers = [
-        ModulePlace(name=f"{names.layers}.{i}", size=ledger.layer_total(kind, one, experts))
+        ModulePlace(name=f"{names.layers}.{i}", size=ledger.layer_total(kind, one, experts), cache=cached[i])
         for i, kind in enumerate(fitter.model.layer_kind)
     ]
     vision = sum(first[p].total for p in (Part.VISION, Part.OTHER) if p in first)
@@ -205,10 +210,16 @@ def near_misses(candidates: Sequence[Candidate], limit: int) -> tuple[Rejected, 
     """Rejected shapes worth reading: those short of the fewest bytes first, then one for each broken rule and TP."""
     by_bytes = sorted((c for c in candidates if not c.fit.broken), key=lambda c: (c.fit.short, c.fit.shape))
     seen: dict[tuple[str, str, int, bool], Candidate] = {}
-    for c in sorted((c for c in candidates if c.fit.broken), key=lambda c: c.fit.shape):
+    for c in sorted((c for c in candidates if c.fit.broken), key=_usual_first):
         seen.setdefault((c.pools[0].device.name, c.fit.broken[0].text, c.fit.shape.tp, c.fit.shape.ep), c)
     rules = list(seen.values())[: max(limit - 10, limit // 2)]
     return tuple(rejected(c) for c in [*rules, *by_bytes[: limit - len(rules)]])
+
+
+def _usual_first(candidate: Candidate) -> tuple[bool, int, int, Shape]:
+    """Sizes that people ask for come first: TP a power of two, no DP."""
+    shape = candidate.fit.shape
+    return bool(shape.tp & (shape.tp - 1)), shape.dp, shape.pp, shape
 
 
 def _digits(value: float) -> float:

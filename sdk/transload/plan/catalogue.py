@@ -75,10 +75,10 @@ def device(name: str) -> DeviceType:
         return known[name.lower()]
     names = sorted({d.name for d in known.values()})
     near = difflib.get_close_matches(name.lower(), list(known), 3, 0.4)
-    offers = list(dict.fromkeys(known[n].name for n in near)) or names
+    offers = list(dict.fromkeys(known[n].name for n in near)) or [n for n in names if n[0] == name[:1].upper()]
     raise ConfigError(
-        f"device '{name[:80]}' is not in the catalogue; nearest: {', '.join(offers)}; or describe it with memory, "
-        "bandwidth and link"
+        f"device '{name[:80]}' is not in the catalogue; nearest: {', '.join(offers or names)}; or describe it with "
+        "platform, memory, bandwidth and link"
     )
 
 

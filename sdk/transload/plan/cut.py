@@ -1,16 +1,16 @@
 """Layer cuts for pipeline stages of unequal memory: the cut that leaves the most KV blocks on the poorest stage.
 
-For a given number of blocks it is easy to say whether a cut exists: fill stage after stage with as many layers as fit.
-More blocks never make it easier, so a binary search on the number of blocks gives the optimum. With free stage order, a
-table over "how many devices of each kind are used" replaces the single pass; taking more layers never hurts, because
-what is left is then a suffix of what would be left otherwise.
+For a given number of blocks, a table says where each stage may end; every stage runs at least one layer. More blocks
+never make a cut easier, so a binary search on the number of blocks gives the optimum. With free stage order the table
+is over "how many devices of each kind are used", which is small because devices of a kind are interchangeable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import accumulate, pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,98 +37,83 @@ class LayerCut:
 
 def best_cut(chain: Chain, capacity: Sequence[int]) -> LayerCut | None:
     """The best cut for stages in the given order; capacity[i] bytes for weights and cache. None when nothing fits."""
-    kinds = tuple(range(len(capacity)))
-    return _search(chain, capacity, lambda search, blocks: search.in_order(blocks, kinds))
+    return _search(chain, capacity, [{i: 1} for i in range(len(capacity))])
 
 
 def best_order(chain: Chain, capacity: Sequence[int], counts: Sequence[int]) -> LayerCut | None:
     """The best order and cut when counts[k] devices with capacity[k] bytes may be placed in any order."""
-    return _search(chain, capacity, lambda search, blocks: search.any_order(blocks, tuple(counts)))
+    return _search(chain, capacity, [dict(enumerate(counts))] * sum(counts))
 
 
-class _Feasible:
-    """Whether a number of blocks can be reached, and by which cut."""
-
-    def __init__(self, chain: Chain, capacity: Sequence[int]) -> None:
-        self.chain, self.capacity = chain, capacity
-        self.weights = [0, *accumulate(chain.weights)]
-        self.block = [0, *accumulate(chain.block)]
-        self.layers = len(chain.weights)
-
-    def cost(self, start: int, stop: int, blocks: int) -> int:
-        """Bytes of layers start .. stop - 1 with their caches, and of the ends they include."""
-        ends = (self.chain.first if start == 0 else 0) + (self.chain.last if stop == self.layers else 0)
-        return self.weights[stop] - self.weights[start] + blocks * (self.block[stop] - self.block[start]) + ends
-
-    def reach(self, start: int, kind: int, blocks: int, stages_after: int) -> int:
-        """The furthest layer a stage may end before, -1 when it cannot take even one."""
-        low, high = start, self.layers - stages_after
-        if stages_after == 0:
-            return high if high > start and self.cost(start, high, blocks) <= self.capacity[kind] else -1
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.cost(start, middle, blocks) <= self.capacity[kind]:
-                low = middle
-            else:
-                high = middle - 1
-        return low if low > start else -1
-
-    def in_order(self, blocks: int, kinds: tuple[int, ...]) -> LayerCut | None:
-        """A cut for a fixed order of stages."""
-        start, cuts = 0, []
-        for i, kind in enumerate(kinds):
-            stop = self.reach(start, kind, blocks, len(kinds) - 1 - i)
-            if stop < 0:
-                return None
-            cuts.append(stop - start)
-            start = stop
-        return LayerCut(blocks, tuple(cuts), kinds) if start == self.layers else None
-
-    def any_order(self, blocks: int, counts: tuple[int, ...]) -> LayerCut | None:
-        """A cut when devices may stand in any order: furthest[used] = most layers placed with these devices."""
-        stages = sum(counts)
-        furthest: dict[tuple[int, ...], tuple[int, tuple[int, ...], int]] = {(0,) * len(counts): (0, (), -1)}
-        for used in sorted(product(*(range(c + 1) for c in counts)), key=sum):
-            if sum(used) == 0:
-                continue
-            options = []
-            for kind, number in enumerate(used):
-                before = (*used[:kind], number - 1, *used[kind + 1 :])
-                if number and before in furthest:
-                    stop = self.reach(furthest[before][0], kind, blocks, stages - sum(used))
-                    if stop > 0:
-                        options.append((stop, before, kind))
-            if options:
-                furthest[used] = max(options)
-        return self._trace(blocks, furthest, counts)
-
-    def _trace(
-        self, blocks: int, furthest: dict[tuple[int, ...], tuple[int, tuple[int, ...], int]], counts: tuple[int, ...]
-    ) -> LayerCut | None:
-        if counts not in furthest or furthest[counts][0] != self.layers:
-            return None
-        cuts, kinds, at = [], [], counts
-        while sum(at):
-            stop, before, kind = furthest[at]
-            cuts.append(stop - furthest[before][0])
-            kinds.append(kind)
-            at = before
-        return LayerCut(blocks, tuple(reversed(cuts)), tuple(reversed(kinds)))
-
-
-def _search(
-    chain: Chain, capacity: Sequence[int], attempt: Callable[[_Feasible, int], LayerCut | None]
-) -> LayerCut | None:
-    search = _Feasible(chain, capacity)
-    best = attempt(search, 0)
-    if best is None:
-        return None
+def _search(chain: Chain, capacity: Sequence[int], stages: Sequence[Mapping[int, int]]) -> LayerCut | None:
+    """stages[i]: the kinds that may run stage i, with how many devices of each there are in total."""
+    best = _Table(chain, capacity, 0).cut(stages)
     low, high = 0, max(capacity) // max(min(chain.block), 1)
-    while low < high:
+    while best is not None and low < high:
         middle = (low + high + 1) // 2
-        found = attempt(search, middle)
+        found = _Table(chain, capacity, middle).cut(stages)
         if found is None:
             high = middle - 1
         else:
             low, best = middle, found
     return best
+
+
+Used = tuple[tuple[int, int], ...]
+
+
+class _Table:
+    """Which cuts reach a number of blocks. ends[kind][s]: the last position a stage that starts at s may end at."""
+
+    def __init__(self, chain: Chain, capacity: Sequence[int], blocks: int) -> None:
+        self.blocks, self.layers = blocks, len(chain.weights)
+        sizes = [w + blocks * b for w, b in zip(chain.weights, chain.block, strict=True)]
+        sums = [0, *accumulate(sizes)]
+        self.ends: list[list[int]] = []
+        self.finishes: list[list[bool]] = []
+        for have in capacity:
+            room = [have - (chain.first if s == 0 else 0) + sums[s] for s in range(self.layers)]
+            self.ends.append([min(bisect_right(sums, r) - 1, self.layers - 1) for r in room])
+            self.finishes.append([sums[-1] + chain.last <= r for r in room])
+
+    def cut(self, stages: Sequence[Mapping[int, int]]) -> LayerCut | None:
+        """A cut over these stages, or None. Positions reached are kept per multiset of used kinds."""
+        reached: list[dict[Used, dict[int, tuple[Used, int, int]]]] = [{(): {0: ((), 0, -1)}}]
+        for kinds in stages[:-1]:
+            step: dict[Used, dict[int, tuple[Used, int, int]]] = {}
+            for used, positions in reached[-1].items():
+                for kind in _free(kinds, used):
+                    into = step.setdefault(_with(used, kind), {})
+                    for start in positions:
+                        for end in range(start + 1, self.ends[kind][start] + 1):
+                            into.setdefault(end, (used, start, kind))
+            reached.append({used: found for used, found in step.items() if found})
+        for used, positions in reached[-1].items():
+            for kind in _free(stages[-1], used):
+                for start in positions:
+                    if self.finishes[kind][start]:
+                        return self._trace(reached, used, start, kind)
+        return None
+
+    def _trace(
+        self, reached: list[dict[Used, dict[int, tuple[Used, int, int]]]], used: Used, start: int, kind: int
+    ) -> LayerCut:
+        bounds, kinds = [self.layers, start], [kind]
+        for step in reversed(reached[1:]):
+            used, start, kind = step[used][start]
+            bounds.append(start)
+            kinds.append(kind)
+        bounds.reverse()
+        cuts = tuple(b - a for a, b in pairwise(bounds))
+        return LayerCut(self.blocks, cuts, tuple(reversed(kinds)))
+
+
+def _free(kinds: Mapping[int, int], used: Used) -> list[int]:
+    taken = dict(used)
+    return [kind for kind, count in kinds.items() if taken.get(kind, 0) < count]
+
+
+def _with(used: Used, kind: int) -> Used:
+    taken = dict(used)
+    taken[kind] = taken.get(kind, 0) + 1
+    return tuple(sorted(taken.items()))

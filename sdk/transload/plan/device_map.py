@@ -1,65 +1,64 @@
 """transformers' device_map from a plan: whole layers on the devices of one node, then RAM, then disk.
 
-device_map cannot cut a layer, so a tensor-parallel plan is spread by layers over the same devices. Each device keeps
-room for the plan's buffers and for its share of the cache of the layers it gets.
+device_map cannot cut a layer, so the question is not the engine's: a model may be spread by layers where no engine
+starts, and layers may live in RAM or on disk. Sizes are the ledger's; a device keeps room for the plan's buffers, and
+every layer brings the cache of one request of full context.
 """
 
 from __future__ import annotations
 
+import math
+
 from transload.errors import DoesNotFit
-from transload.plan.result import Plan
+from transload.plan.cluster import Cluster
+from transload.plan.fit import Fitter
+from transload.plan.overheads import Batch, overheads
+from transload.plan.result import Plan, Room
+from transload.plan.shapes import Shape
 from transload.plan.units import show_bytes
 
-_PREFIX = {"cuda": "", "ascend": "npu:", "cpu": "cpu"}
+_PREFIX = {"cuda": "", "ascend": "npu:"}
 
 
-def device_map(plan: Plan, node: str | None = None) -> dict[str, int | str]:
+def device_map(plan: Plan) -> dict[str, int | str]:
     """Module name -> device, in model order: 0, 1 .. for CUDA, "npu:0" for Ascend, "cpu", "disk".
 
-    Devices are filled in order; what does not fit goes to the node's RAM and then its disk, as far as the cluster
-    file allows. Raises DoesNotFit when even those are too small.
+    Rooms are filled in order and never returned to, so that a request passes every device once.
+    Raises DoesNotFit when they are too small, naming the first module that finds no place.
     """
-    here = plan.ranks[0].node if plan.ranks and node is None else node
-    rooms = _rooms(plan, here)
     out: dict[str, int | str] = {}
-    at = 0
+    at, left = 0, [room.size for room in plan.rooms]
     for module in plan.modules:
-        while at < len(rooms) and rooms[at][1] < module.size:
+        size = module.size + module.cache
+        while at < len(left) and left[at] < size:
             at += 1
-        if at == len(rooms):
+        if at == len(left):
             raise DoesNotFit(
-                f"{plan.model}: {module.name} ({show_bytes(module.size)}) and what follows fit neither the devices of "
-                f"{here or 'this node'} nor its RAM and disk; raise host_memory or disk in the cluster file"
+                f"{plan.model}: {module.name} ({show_bytes(size)}) and what follows fit neither the devices of the first "
+                "node nor its RAM and disk; raise host_memory or disk in the cluster file"
             )
-        name, room = rooms[at]
-        rooms[at] = (name, room - module.size)
-        out[module.name] = name
+        left[at] -= size
+        out[module.name] = plan.rooms[at].device
     return out
 
 
-def _rooms(plan: Plan, node: str | None) -> list[tuple[int | str, int]]:
-    """(device, bytes for weights) of every place on the node, in the order in which they are filled."""
-    rooms: list[tuple[int | str, int]] = []
-    total = sum(m.size for m in plan.modules) or 1
-    seen: dict[int, int] = {}
-    cache = sum(r.kv_bytes for r in plan.ranks if r.node == node)
-    for rank in plan.ranks:
-        if rank.node != node or rank.device in seen:
+def rooms(cluster: Cluster, fitters: dict[str, Fitter]) -> tuple[Room, ...]:
+    """The places of a cluster's first node in the order in which they are filled: accelerators, RAM, disk."""
+    node, found, index = cluster.nodes[0], list[Room](), 0
+    host = node.host_memory
+    for entry in node.devices:
+        device = entry.resolve()
+        fitter = fitters[device.platform]
+        budget = math.ceil(device.memory * min(fitter.utilization, entry.usable))
+        if device.platform == "cpu":
+            host += budget * entry.count
             continue
-        deployment = plan.deployments[rank.deployment]
-        stage = deployment.stages[rank.stage]
-        budget = stage.budget - rank.activation_bytes - rank.overhead_bytes
-        # Every byte of weights brings its share of the cache with it, at most what the plan gave the cache.
-        per_request = cache / max(deployment.max_concurrency * deployment.replicas, 1e-9) if cache else 0.0
-        seen[rank.device] = round(budget / (1 + min(per_request, cache) / total))
-        rooms.append((_name(deployment.platform, rank.device), seen[rank.device]))
-    if plan.offload.host:
-        rooms.append(("cpu", plan.offload.host))
-    if plan.offload.disk:
-        rooms.append(("disk", plan.offload.disk))
-    return rooms
-
-
-def _name(platform: str, index: int) -> int | str:
-    prefix = _PREFIX[platform]
-    return index if not prefix else prefix if prefix == "cpu" else f"{prefix}{index}"
+        batch = Batch(min(2048, fitter.workload.context), 1)
+        lines = overheads(fitter.model, Shape(), 0, True, batch, fitter.workload, fitter.constants)
+        room = max(0, budget - sum(line.size for line in lines))
+        for _ in range(entry.count):
+            name = f"{_PREFIX[device.platform]}{index}"
+            found.append(Room(device=int(name) if name.isdecimal() else name, size=room))
+            index += 1
+    found += [Room(device="cpu", size=host)] if host else []
+    return (*found, Room(device="disk", size=node.disk)) if node.disk else tuple(found)

@@ -44,18 +44,28 @@ def overheads(
     lines = [
         _line("driver context", constants["context"]),
         _line("communicators", constants["communicator"], _communicators(model, shape, constants)),
-        Overhead("activations", _activations(model, shape, batch, constants), "estimated", True),
     ]
-    if last:
-        rows = min(batch.sequences, batch.tokens) * (1 + workload.speculative_tokens)
-        lines.append(Overhead("logits", rows * model.info.vocab * 6, "estimated", True))
-    workspace = _expert_workspace(model, shape, batch, constants) + _mla_workspace(model, shape, batch, workload)
-    if workspace:
-        lines.append(Overhead("workspaces", workspace, "estimated", True))
+    if "activation_peak" in constants:
+        lines.append(Overhead("activation peak", _bytes(constants["activation_peak"]), "measured", True))
+    else:
+        lines += _estimated_peak(model, shape, last, batch, workload, constants)
     graphs = _bytes(constants["graphs_base"]) + layers * _bytes(constants["graphs_per_layer"])
     if graphs:
         lines.append(Overhead("captured graphs", graphs, constants["graphs_base"].kind))
     return [line for line in lines if line.size]
+
+
+def _estimated_peak(
+    model: Model, shape: Shape, last: bool, batch: Batch, workload: Workload, constants: Constants
+) -> list[Overhead]:
+    """What the profiling pass adds on top of the weights. Logits: gathered bf16 rows and a float32 copy."""
+    rows = min(batch.sequences, batch.tokens) * (1 + workload.speculative_tokens) if last else 0
+    workspace = _expert_workspace(model, shape, batch, constants) + _mla_workspace(model, shape, batch, workload)
+    return [
+        Overhead("activations", _activations(model, shape, batch, constants), "estimated", True),
+        Overhead("logits", rows * model.info.vocab * 6, "estimated", True),
+        Overhead("workspaces", workspace, "estimated", True),
+    ]
 
 
 def _communicators(model: Model, shape: Shape, constants: Constants) -> int:

@@ -12,11 +12,12 @@ from transload.errors import ConfigError
 from transload.plan.assemble import deployment, module_places, near_misses, option, parallelism, ranks
 from transload.plan.catalogue import Constant, default_constants
 from transload.plan.cluster import Cluster, load_cluster
+from transload.plan.device_map import rooms
 from transload.plan.engines import check_engine_name, engine_for
 from transload.plan.fit import Fitter
 from transload.plan.model import Model
 from transload.plan.pools import DevicePool, device_pools
-from transload.plan.result import Offload, Option, Parallelism, Plan
+from transload.plan.result import Option, Parallelism, Plan
 from transload.plan.roofline import router_weights
 from transload.plan.search import ANY_SHAPE, Candidate, Search, Wish, bound_tokens, pareto, satisfied, score
 from transload.plan.sources import ModelSource, load_model
@@ -65,9 +66,9 @@ def plan(
         load_model(model, recipe),
         load_cluster(cluster),
         checked_workload(workload),
-        Wish(_wished("tp", tp), _wished("pp", pp), _wished("dp", dp), ep, _wished("dcp", dcp)),
+        checked_wish(tp, pp, dp, ep, dcp),
         engine,
-        _fraction(gpu_memory_utilization),
+        gpu_memory_utilization,
         constants,
     )
     return answer(question)
@@ -83,6 +84,11 @@ def checked_workload(workload: Workload | Mapping[str, object] | None) -> Worklo
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"]) or "workload"
         raise ConfigError(f"workload: {place}: {first['msg']}, found {first['input']!r:.60}") from error
+
+
+def checked_wish(tp: int | None, pp: int | None, dp: int | None, ep: bool | None, dcp: int | None) -> Wish:
+    """A Wish of sensible sizes. Raises ConfigError otherwise."""
+    return Wish(_wished("tp", tp), _wished("pp", pp), _wished("dp", dp), ep, _wished("dcp", dcp))
 
 
 def answer(question: Question) -> Plan:
@@ -103,7 +109,7 @@ def answer(question: Question) -> Plan:
         rejected=near_misses([c for c in judged if not c.fit.fits], MOST_REJECTED),
         rejected_count=len(judged) - len(fitting),
         modules=module_places(next(iter(fitters.values()))),
-        offload=_offload(question.cluster),
+        rooms=rooms(question.cluster, fitters),
     )
     return _with_chosen(plan, question, fitters, chosen, fitting) if chosen else plan
 
@@ -112,12 +118,13 @@ def judge(question: Question) -> tuple[dict[str, Fitter], list[Candidate]]:
     """(fitter of each platform, every candidate judged)."""
     if question.engine is not None:
         check_engine_name(question.engine)
+    wanted = _fraction(question.utilization)
     constants = question.constants or default_constants()
     fitters: dict[str, Fitter] = {}
     judged: list[Candidate] = []
     for platform, pools in _by_platform(question.cluster).items():
         engine = engine_for(platform, question.engine)
-        utilization = question.utilization or engine.utilization
+        utilization = wanted or engine.utilization
         fitter = Fitter(question.model, engine, question.workload, constants[platform], utilization)
         fitters[platform] = fitter
         judged += Search(fitter, question.cluster.links, question.wish).candidates(pools)
@@ -236,10 +243,6 @@ def _by_platform(cluster: Cluster) -> dict[str, list[DevicePool]]:
     for pool in device_pools(cluster):
         out.setdefault(pool.device.platform, []).append(pool)
     return out
-
-
-def _offload(cluster: Cluster) -> Offload:
-    return Offload(host=cluster.nodes[0].host_memory, disk=cluster.nodes[0].disk)
 
 
 def _wished(name: str, value: int | None) -> int | None:

@@ -135,17 +135,18 @@ class Option(_Value):
 
 
 class ModulePlace(_Value):
-    """A module of the checkpoint with its bytes when whole, for placement by layers."""
+    """A module of the checkpoint when whole, for placement by layers: its weights, and the cache of one request."""
 
     name: str
     size: int
+    cache: int = 0
 
 
-class Offload(_Value):
-    """Memory beside the devices of the first node: RAM and disk."""
+class Room(_Value):
+    """A place for whole modules on the first node: a device with what its buffers leave, RAM, or disk."""
 
-    host: int = 0
-    disk: int = 0
+    device: int | str
+    size: int
 
 
 class Plan(_Value):
@@ -178,7 +179,7 @@ class Plan(_Value):
     rejected_count: int = 0
     warnings: tuple[str, ...] = ()
     modules: tuple[ModulePlace, ...] = Field(default=(), repr=False)
-    offload: Offload = Offload()
+    rooms: tuple[Room, ...] = ()
 
     def require(self) -> Plan:
         """The plan itself when it fits. Raises DoesNotFit with the reason otherwise."""
@@ -202,8 +203,11 @@ class Plan(_Value):
         part.write_text(self.to_json() + "\n", encoding="utf-8")
         part.replace(target)
 
-    def device_map(self, node: str | None = None) -> dict[str, int | str]:
-        """transformers' device_map over the plan's devices of one node (default: the first), see plan/device_map.py."""
+    def device_map(self) -> dict[str, int | str]:
+        """transformers' device_map over the devices of the cluster's first node, its RAM and disk: whole layers.
+
+        Raises DoesNotFit when all of them together are too small. See plan/device_map.py.
+        """
         from transload.plan.device_map import device_map
 
-        return device_map(self, node)
+        return device_map(self)

@@ -69,4 +69,6 @@ def show_bytes(size: float) -> str:
         return f"{size / (1 << 40):.2f} TiB"
     if abs(size) >= 100 << 20:
         return f"{size / (1 << 30):.2f} GiB"
-    return f"{size / (1 << 20):.1f} MiB" if abs(size) >= 1 << 20 else f"{size:.0f} B"
+    if abs(size) >= 1 << 20:
+        return f"{size / (1 << 20):.1f} MiB"
+    return f"{size / (1 << 10):.1f} KiB" if abs(size) >= 1 << 10 else f"{size:.0f} B"

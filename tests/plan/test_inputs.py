@@ -1,0 +1,254 @@
+"""What people and damaged files put in: named, bounded, without a traceback."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plan.models import config
+from transload.errors import ConfigError, FormatError, TransloadError
+from transload.plan.catalogue import device, devices
+from transload.plan.cluster import Cluster, load_cluster
+from transload.plan.planner import checked_workload, plan
+from transload.plan.recipes import recipe_by_name
+from transload.plan.sources import load_model
+from transload.plan.units import parse_size, parse_tokens
+from transload.plan.yamlfile import LARGEST_FILE
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "clusters"
+NODE = {"name": "n", "devices": [{"type": "H100", "count": 8}]}
+
+
+def _node(**device_fields: Any) -> dict[str, object]:
+    return {"nodes": [{"name": "n", "devices": [{"type": "H100", **device_fields}]}]}
+
+
+BAD_CLUSTERS = {
+    "negative memory": (_node(memory="-5 GB"), "expected a positive number"),
+    "absurd memory": (_node(memory="9999999999999999 TB"), "larger than an exbibyte"),
+    "no count": (_node(count=0), "greater than or equal to 1"),
+    "unknown field": (_node(cuont=8), "cuont"),
+    "unknown device": (_node(type="H10O"), "nearest: H100"),
+    "no nodes": ({"nodes": []}, "nodes"),
+    "twice the same name": ({"nodes": [NODE, NODE]}, "two nodes are called 'n'"),
+    "a million nodes": ({"nodes": [{**NODE, "count": 1_000_000}]}, "count"),
+    "too many devices": ({"nodes": [{**NODE, "count": 90_000}]}, "more than the 100000"),
+    "usable of two": (_node(usable=2), "usable"),
+    "not a list": ({"nodes": {"a": 1}}, "nodes"),
+    "text for a number": (_node(count="eight"), "count"),
+    "a shell in a name": ({"nodes": [{**NODE, "name": "n; rm -rf"}]}, "name"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CLUSTERS)
+def test_a_bad_cluster_is_refused_by_name(name: str) -> None:
+    data, words = BAD_CLUSTERS[name]
+    with pytest.raises(ConfigError, match=words):
+        load_cluster(data)
+
+
+def test_yaml_that_refers_to_itself_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("nodes: &n\n  - *n\n")
+    with pytest.raises(ConfigError, match="line 2: aliases"):
+        load_cluster(file)
+
+
+def test_yaml_that_explodes_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bomb.yaml"
+    rows = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    file.write_text("\n".join(rows))
+    with pytest.raises(ConfigError, match="aliases"):
+        load_cluster(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nodes: [", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("- 1\n- 2\n", "expected a mapping"),
+        ("x" * (LARGEST_FILE + 1), "bytes, more than"),
+        ("!!python/object/apply:os.system [ls]", "not valid YAML"),
+    ],
+    ids=["open bracket", "deep", "a list", "too large", "a python object"],
+)
+def test_a_bad_yaml_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_cluster(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        load_cluster(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="no such folder or config file"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": None}, "field 'hidden_size' is missing"),
+        ({"num_hidden_layers": -4}, "'num_hidden_layers' is -4"),
+        ({"num_hidden_layers": 10**9}, "expected an integer 1 to 10000"),
+        ({"vocab_size": "many"}, "'vocab_size' is 'many'"),
+        ({"model_type": "gpt9"}, "model_type 'gpt9' is not known; known are"),
+        ({"num_attention_heads": True}, "'num_attention_heads' is True"),
+        ({"quantization_config": {"quant_method": "magic"}}, "quant_method 'magic' is not understood"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": "four"}}, "'bits' is 'four'"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_a_bad_config_names_the_field(change: dict[str, object], words: str) -> None:
+    broken = {k: v for k, v in {**config("Qwen3-8B"), **change}.items() if v is not None}
+    with pytest.raises(ConfigError, match=words):
+        plan(broken, "1xH100")
+
+
+@pytest.mark.parametrize(
+    ("workload", "words"),
+    [
+        ({"context": -1}, "context"),
+        ({"context": "many"}, "token count 'many'"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"context": 100, "prompt": 90, "output": 20}, "longer than the context"),
+        ({"kv_dtype": "fp3"}, "kv_dtype"),
+        ({"speed": 9}, "speed"),
+    ],
+)
+def test_a_bad_workload_names_the_field(workload: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        checked_workload(workload)
+
+
+def test_other_bad_arguments() -> None:
+    for arguments, words in [
+        ({"recipe": "int4-g12x"}, "nearest are"),
+        ({"engine": "vllm==9.9"}, "engine 'vllm==9.9' is not known"),
+        ({"gpu_memory_utilization": 1.5}, "expected more than 0"),
+        ({"tp": 0}, "tp 0"),
+    ]:
+        with pytest.raises(TransloadError, match=words):
+            plan(config("Qwen3-8B"), "1xH100", **arguments)
+
+
+def test_a_context_beyond_the_model_is_a_reason() -> None:
+    answer = plan(config("Qwen3-8B"), "8xH100", {"context": "1m"})
+    assert not answer.fits
+    assert "longer than the model's 40960 positions" in answer.reason
+
+
+def test_sizes_and_tokens() -> None:
+    assert parse_size("1.5 GiB") == 3 << 29
+    assert parse_size(1e9) == 10**9
+    assert parse_tokens("128k") == 131072
+    assert recipe_by_name("awq-g128").default.zeros == 4
+
+
+def test_the_catalogue_is_complete() -> None:
+    names = {d.name for d in devices().values()}
+    assert {"T4", "B200", "H100", "Ascend-310P-Duo", "Ascend-910B1", "Ascend-910B4", "Ascend-A3-die"} <= names
+    assert all(d.source and d.flops for d in devices().values())
+    assert device("a3").island == 16
+
+
+def test_the_published_schema_is_the_one_in_use() -> None:
+    schema = json.loads((EXAMPLES / "cluster.schema.json").read_text())
+    assert schema == Cluster.model_json_schema()
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda f: f.stem)
+def test_example_clusters_load_and_plan(file: Path) -> None:
+    assert plan(config("Qwen3-8B"), file, {"context": "8k"}, recipe="w8a8").ranks
+
+
+def _safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """A safetensors file of zeros, written by its specification."""
+    width = {"BF16": 2, "F32": 4, "I32": 4, "I8": 1, "F8_E4M3": 1}
+    header, at = dict[str, object](), 0
+    for name, (dtype, shape) in tensors.items():
+        size = width[dtype]
+        for d in shape:
+            size *= d
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(at))
+
+
+TINY = {
+    "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 640, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def _folder(path: Path, linears: Any, extra: dict[str, tuple[str, tuple[int, ...]]] | None = None) -> Path:
+    """A tiny Qwen3 checkpoint. linears(name, n, k) gives the tensors of one linear."""
+    shapes = {
+        "self_attn.q_proj": (256, 256), "self_attn.k_proj": (128, 256), "self_attn.v_proj": (128, 256),
+        "self_attn.o_proj": (256, 256), "mlp.gate_proj": (512, 256), "mlp.up_proj": (512, 256),
+        "mlp.down_proj": (256, 512),
+    }  # fmt: skip
+    tensors = {"model.embed_tokens.weight": ("BF16", (640, 256)), "lm_head.weight": ("BF16", (640, 256))}
+    for i in range(2):
+        for name, (n, k) in shapes.items():
+            tensors.update({f"model.layers.{i}.{name}.{s}": t for s, t in linears(name, n, k).items()})
+    _safetensors(path / "model.safetensors", {**tensors, **(extra or {})})
+    (path / "config.json").write_text(json.dumps(TINY))
+    return path
+
+
+def _gptq(_: str, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    groups = k // 64
+    return {"qweight": ("I32", (k // 8, n)), "scales": ("BF16", (groups, n)), "qzeros": ("I32", (groups, n // 8))}
+
+
+def _packed(_: str, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {
+        "weight_packed": ("I32", (n, k // 8)),
+        "weight_scale": ("BF16", (n, k // 32)),
+        "weight_shape": ("I32", (2,)),
+    }
+
+
+def _mixed(name: str, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {"weight": ("BF16", (n, k))} if name == "mlp.down_proj" else _packed(name, n, k)
+
+
+@pytest.mark.parametrize(
+    ("linears", "recipe"),
+    [(_gptq, "int4-g64"), (_packed, "int4-g32"), (lambda _, n, k: {"weight": ("BF16", (n, k))}, "bf16")],
+    ids=["gptq", "compressed-tensors", "float"],
+)
+def test_headers_say_what_a_checkpoint_is(tmp_path: Path, linears: Any, recipe: str) -> None:
+    read = plan(_folder(tmp_path, linears), "1xH100", {"context": 1024})
+    assert read.fits
+    said = plan(TINY, "1xH100", {"context": 1024}, recipe=recipe)
+    assert read.ranks[0].weights_bytes == said.ranks[0].weights_bytes
+
+
+def test_headers_may_mix_precisions(tmp_path: Path) -> None:
+    mixed = plan(_folder(tmp_path, _mixed), "1xH100", {"context": 1024}).ranks[0].weights_bytes
+    low = plan(TINY, "1xH100", {"context": 1024}, recipe="int4-g32").ranks[0].weights_bytes
+    assert mixed - low == 2 * (256 * 512 * 2 - (256 * 512 // 2 + 256 * 16 * 2))
+
+
+def test_headers_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, lambda _, n, k: {"weight": ("BF16", (n, k))})
+    (folder / "config.json").write_text(json.dumps({**TINY, "intermediate_size": 768}))
+    with pytest.raises(FormatError, match=r"gate_proj.weight is \(512, 256\), the config says \(768, 256\)"):
+        plan(folder, "1xH100")
+
+
+def test_tensors_that_nothing_explains_are_counted_and_said(tmp_path: Path) -> None:
+    extra = {"audio_tower.proj.weight": ("BF16", (1000, 100))}
+    plain = plan(_folder(tmp_path, _packed), "1xH100", {"context": 1024})
+    other = plan(_folder(tmp_path, _packed, extra), "1xH100", {"context": 1024})
+    assert other.ranks[0].weights_bytes - plain.ranks[0].weights_bytes == 200_000
+    assert any("audio_tower.proj.weight" in w for w in other.warnings)
