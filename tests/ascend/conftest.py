@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "on_npu")]
 
 collect_ignore = [] if os.environ.get("TRANSLOAD_NPU") else ["on_npu"]
