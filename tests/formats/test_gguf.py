@@ -14,6 +14,7 @@ from gguf_model import CASES, Case, build
 import transload
 from transload.checkpoint import Checkpoint
 from transload.errors import FormatError, Unsupported
+from transload.models.gguf_llama3 import llama3_scaling
 from transload.quant import QTensor
 
 BY_ARCH = {case.arch: case for case in CASES}
@@ -106,7 +107,7 @@ def small(path: Path, arch: str, tensors: dict[str, Any], **keys: int) -> Path:
 
 HEADS = {
     "attention__head_count": 4, "attention__head_count_kv": 2, "block_count": 1, "embedding_length": 64,
-    "context_length": 64, "vocab_size": 8,
+    "context_length": 64, "vocab_size": 8, "attention__layer_norm_rms_epsilon": 1,
 }  # fmt: skip
 
 
@@ -155,6 +156,25 @@ def test_a_split_kv_b_is_joined_as_floats(tmp_path: Path) -> None:
     keys = torch.from_numpy(gguf.dequantize(raw, gguf.GGMLQuantizationType.Q8_0))
     assert torch.equal(found[:, :64], keys.transpose(1, 2))
     assert torch.equal(found[:, 64:], v_b)
+
+
+def test_llama_3s_rotary_factors_become_its_rope_scaling(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = LlamaConfig(head_dim=64, rope_parameters=scaling, max_position_embeddings=131072)
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 500000.0 ** (torch.arange(0, 64, 2) / 64)
+    tensors = {"rope_freqs.weight": plain / stretched, "output_norm.weight": torch.ones(64)}
+    path = small(tmp_path / "m.gguf", "llama", tensors, **HEADS)
+    found = llama3_scaling((plain / stretched).tolist(), 500000.0)["rope_scaling"]
+    assert found == {k: v for k, v in scaling.items() if k != "rope_theta"}
+    with pytest.raises(Unsupported, match=r"m\.gguf: rope_freqs\.weight stretches"):
+        transload.open(path)  # its own theta is another, so the factors mean nothing that has a name
 
 
 def test_rotary_factors_are_no_weights(tmp_path: Path) -> None:

@@ -107,3 +107,18 @@ def test_a_kind_of_tokenizer_that_transformers_lacks_is_named(tmp_path: Path) ->
     metadata = {**header(tmp_path / "m.gguf"), "tokenizer.ggml.model": "rwkv"}
     with pytest.raises(Unsupported, match=r"tokenizer 'rwkv'.*give a folder with a tokenizer\.json"):
         tokenizer_of(metadata)
+
+
+CUTS = {
+    "glm4": [("12345 It's\n\nok", ["123", "45", "ĠIt", "'s", "ĊĊ", "ok"])],
+    "deepseek-v3": [("12345汉字 a.b", ["123", "45", "æ±īåŃĹ", "Ġa", ".b"])],
+    "kimi-k2": [("汉字HelloWorld 12345", ["æ±īåŃĹ", "Hello", "World", "Ġ", "123", "45"])],
+}
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_text_is_cut_as_the_models_own_tokenizers_cut_it(pre: str, tmp_path: Path) -> None:
+    metadata = {**header(tmp_path / "m.gguf"), "tokenizer.ggml.pre": pre}
+    cut = tokenizer_of(metadata).backend_tokenizer.pre_tokenizer
+    for text, pieces in CUTS[pre]:
+        assert [piece for piece, _ in cut.pre_tokenize_str(text)] == pieces

@@ -25,6 +25,7 @@ from transload.quant import QTensor
 T = TypeVar("T")
 
 _FLOATS = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
+_ROPE = "rope_freqs.weight"  # rotary factors, which config.json says in other words
 _KV_B = (".attn_k_b.weight", ".attn_v_b.weight")  # MLA's kv_b_proj, split per head and k transposed
 
 
@@ -40,7 +41,8 @@ class Gguf(Format):
 
     def config(self, source: Source) -> Json:
         """config.json, built from the metadata and the tensors."""
-        return _naming_file(source, lambda: hf_config(metadata_of(source), source.infos))
+        factors = source.read(_ROPE).flatten().tolist() if _ROPE in source.infos else []
+        return _naming_file(source, lambda: hf_config(metadata_of(source), source.infos, factors))
 
     def files(self, source: Source) -> dict[str, bytes]:
         """Tokenizer, chat template and generation settings, built from the metadata."""

@@ -6,11 +6,12 @@ every model of the architecture has the same value, and is read off the tensors 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transload.errors import FormatError
 from transload.headers import TensorInfo
+from transload.models.gguf_llama3 import llama3_scaling
 from transload.models.gguf_names import architecture_of, number
 
 Json = dict[str, object]
@@ -98,10 +99,11 @@ _PARTIAL_ROTARY = ("chatglm", "glm4", "glm4moe")
 _SIGMOID = 2  # llama.cpp's number for a sigmoid router (LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID)
 
 
-def hf_config(metadata: Metadata, tensors: Tensors) -> Json:
-    """config.json of the model in a GGUF file.
+def hf_config(metadata: Metadata, tensors: Tensors, rope_factors: Sequence[float] = ()) -> Json:
+    """config.json of the model in a GGUF file. rope_factors: the tensor `rope_freqs.weight` where there is one.
 
-    Raises Unsupported for unknown architectures and FormatError when a key that the architecture needs is missing.
+    Raises Unsupported for unknown architectures and rotary factors, and FormatError when a key that the architecture
+    needs is missing.
     """
     arch = architecture_of(metadata)
     family = _family(arch, metadata)
@@ -116,6 +118,8 @@ def hf_config(metadata: Metadata, tensors: Tensors) -> Json:
     config |= family.fixed
     config |= _layers(metadata) | _heads(arch, metadata, tensors) | _rope(arch, metadata, config)
     config |= _switches(arch, tensors) | {"vocab_size": _vocabulary(metadata, tensors)} | special_ids(metadata)
+    if rope_factors:
+        config |= llama3_scaling(rope_factors, config["rope_theta"])
     config["tie_word_embeddings"] = "output.weight" not in tensors
     return config
 
