@@ -1,0 +1,48 @@
+"""Llama 3's stretched rotary frequencies, of which llama.cpp keeps only the finished factors (`rope_freqs.weight`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import pi
+
+from transload.errors import Unsupported
+
+# Every Llama 3.1, 3.2 and 3.3 has these; only the factor differs (8 or 32), and the largest stored one is it.
+_LOW, _HIGH, _CONTEXT = 1.0, 4.0, 8192
+
+
+def llama3_scaling(factors: Sequence[float], theta: object) -> dict[str, object]:
+    """The rope_scaling of config.json that gives these factors, {} when all are 1.
+
+    Raises Unsupported for factors that Llama 3's rule does not give.
+    """
+    largest = max(factors)
+    if largest == 1 and min(factors) == 1:
+        return {}
+    base = float(theta) if isinstance(theta, (int, float)) else 10000.0
+    wanted = [_factor(base ** (i / len(factors)), largest) for i in range(len(factors))]
+    if any(abs(a - b) > 1e-3 * b for a, b in zip(factors, wanted, strict=True)):
+        raise Unsupported(
+            f"rope_freqs.weight stretches rotary frequencies by {min(factors):g} to {largest:g}, and not by Llama 3's "
+            "rule: config.json has no words for it here"
+        )
+    return {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": round(largest, 3),
+            "low_freq_factor": _LOW,
+            "high_freq_factor": _HIGH,
+            "original_max_position_embeddings": _CONTEXT,
+        }
+    }
+
+
+def _factor(inverse_frequency: float, factor: float) -> float:
+    """By how much one frequency is slowed: not at all for short waves, fully for long ones, smoothly between."""
+    wavelength = 2 * pi * inverse_frequency
+    if wavelength < _CONTEXT / _HIGH:
+        return 1.0
+    if wavelength > _CONTEXT / _LOW:
+        return factor
+    smooth = (_CONTEXT / wavelength - _LOW) / (_HIGH - _LOW)
+    return 1 / ((1 - smooth) / factor + smooth)
