@@ -8,13 +8,14 @@ import torch
 
 from transload.hal import Device, Kernel, Serving
 from transload_cuda.device import devices, missing
+from transload_cuda.triton_kernel import TritonA8, TritonA16
 
 
 class CudaBackend:
     """NVIDIA GPUs through torch's CUDA build."""
 
     name = "cuda"
-    kernels: Sequence[Kernel] = ()
+    kernels: Sequence[Kernel] = (TritonA8(), TritonA16())
     # Quantized formats in vLLM's own list of methods, version 0.32. It has no gguf and no bitsandbytes any more.
     serving = Serving(
         engine="vllm",

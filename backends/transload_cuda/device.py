@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from transload.errors import BackendError
 from transload.hal import Device
 
 QUERY = "uuid,name,memory.total,memory.free"  # MiB each, one line a GPU
@@ -63,6 +66,25 @@ def _device(index: int, seen: dict[str, Seen]) -> Device:
     gpu = seen.get(f"GPU-{facts.uuid}")
     free = gpu.free if gpu and gpu.free is not None else torch.cuda.mem_get_info(index)[0]
     return Device("cuda", index, facts.name, f"sm_{facts.major}{facts.minor}", int(facts.total_memory), int(free))
+
+
+def arch_number(arch: str) -> int:
+    """Compute capability times ten of "sm_90"; 0 for anything else.
+
+    >>> arch_number("sm_121")
+    121
+    """
+    digits = arch.removeprefix("sm_").rstrip("af")
+    return int(digits) if digits.isdigit() else 0
+
+
+@contextmanager
+def on_device(kernel: str, what: str) -> Iterator[None]:
+    """Turns the GPU's out-of-memory error into a BackendError that names the kernel and the request."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise BackendError(f"kernel '{kernel}': the GPU has no room for {what}: {str(e).splitlines()[0]}") from e
 
 
 def driver_sees() -> tuple[Seen, ...] | None:

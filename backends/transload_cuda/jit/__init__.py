@@ -1,0 +1,1 @@
+"""Code that imports Triton. Nothing outside imports it before the first product runs."""
