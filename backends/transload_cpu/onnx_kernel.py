@@ -19,8 +19,8 @@ from transload_cpu.onnx_layout import BLOCKS, block_size, lay_out
 from transload_cpu.onnx_session import Session, return_freed_memory
 from transload_cpu.storage import pack_tight, take_rows, unpack_tight
 
-# A larger weight is cut along N: building a session needs about 5 bytes a code for a moment.
-CODES_PER_SESSION = 1 << 23
+# A larger weight is cut along N: building a session needs up to 16 bytes a code for a moment.
+CODES_PER_SESSION = 5 << 20
 X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
