@@ -1,0 +1,74 @@
+"""`transload bench`: times kernels beside every library that does the same and is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Time kernels beside every library that does the same.", no_args_is_help=True)
+
+SHAPE_HELP = "NxK, or EXPERTSxNxK; may be repeated. Default: layers of small and 7-billion-parameter models."
+
+
+@app.callback()
+def _bench() -> None:
+    """Keeps `matmul` a subcommand however many there are."""
+
+
+@app.command()
+def matmul(
+    device: Annotated[str, typer.Option(help="A device as `transload devices` lists it.")] = "cpu",
+    shape: Annotated[list[str] | None, typer.Option(help=SHAPE_HELP)] = None,
+    rows: Annotated[list[int] | None, typer.Option("--rows", "-m", help="Rows M of the activations.")] = None,
+    group: Annotated[list[int] | None, typer.Option(help="Group sizes.")] = None,
+    scheme: Annotated[list[str] | None, typer.Option(help="w4a8, w4a16.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads for everyone.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Turns of every contender.", min=1)] = 7,
+    seconds: Annotated[float, typer.Option(help="Length of a turn.", min=0.001)] = 0.03,
+    peers: Annotated[bool, typer.Option(help="Time other libraries too.")] = True,
+    env: Annotated[list[Path] | None, typer.Option(help="Python of another environment whose libraries join.")] = None,
+    limits: Annotated[bool, typer.Option(help="Measure memory and multiply rates first.")] = True,
+    csv: Annotated[Path | None, typer.Option(help="Write every time as CSV.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write one JSON object a case.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+) -> None:
+    """Multiplies 4-bit weights: microseconds, relative error, and the ratio to the best peer of the same scheme."""
+    from rich.console import Console
+
+    from transload.bench import cases, matmul, report
+    from transload.bench.limits import measure
+    from transload.hal import find_device
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=132)
+    backend, found = find_device(device)
+    shapes = [cases.parse_shape(s) for s in shape or ()] or [*cases.SHAPES, cases.EXPERTS]
+    chosen = list(cases.cases(shapes, rows or cases.ROWS, group or cases.GROUPS, scheme or cases.SCHEMES))
+    rates = measure(threads) if limits and backend.name == "cpu" else None
+    console.print(f"[bold]{found.model}[/]  {found.arch}  {threads} threads, {len(chosen)} cases")
+    if rates:
+        read, int8, bf16 = rates.read / 1e9, rates.int8 / 1e9, rates.bf16 / 1e9
+        console.print(f"read {read:.1f} GB/s, dense int8 {int8:.0f} GOP/s, dense bf16 {bf16:.0f} GFLOP/s", style="dim")
+    settings = matmul.Settings(threads, rounds, seconds, peers, tuple(env or ()), rates)
+    done = []
+    with console.status("") as status:
+        for case, row in zip(chosen, matmul.run(backend, found, chosen, settings), strict=True):
+            done.append(row)
+            status.update(f"{len(done)} of {len(chosen)}: {case.label} M={case.m}")
+    console.print(report.table(done))
+    for line in report.summary(done):
+        console.print(line)
+    for name, why in sorted({item for row in done for item in row.absent.items()}):
+        console.print(f"[dim]not timed: {name}: {why}[/]")
+    busy = matmul.load_average()
+    if busy > threads + 0.5:
+        console.print(f"[yellow]load average {busy:.1f} with {threads} threads: only the ratios mean anything[/]")
+    if csv:
+        report.write_csv(done, csv)
+    if json:
+        report.write_json(done, json)
+    if plot:
+        report.plot(done, plot)

@@ -1,0 +1,45 @@
+"""What this machine can do at most: bytes read per second and multiplications per second, measured like a kernel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+READ_BYTES = 512 << 20  # beyond every cache
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """read: bytes per second. int8 and bf16: operations per second of torch's own (oneDNN's) dense products."""
+
+    read: float
+    int8: float
+    bf16: float
+
+
+def measure(threads: int) -> Limits:
+    """The best of several tries with that many threads. torch sums 512 MB, and multiplies 2048 x 2048 matrices."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        memory = torch.ones(READ_BYTES // 4, dtype=torch.float32)
+        read = READ_BYTES / _best(memory.sum, 7)
+        a, b = (torch.randint(-127, 127, (2048, 2048), dtype=torch.int8) for _ in range(2))
+        c, d = a.to(torch.bfloat16), b.to(torch.bfloat16)
+        operations = 2 * 2048**3
+        return Limits(read, operations / _best(lambda: torch._int_mm(a, b), 5), operations / _best(lambda: c @ d, 5))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _best(call: Callable[[], object], tries: int) -> float:
+    call()
+    times = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
