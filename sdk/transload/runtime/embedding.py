@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transload import bits
 from transload.errors import FormatError
 from transload.quant import QTensor
+from transload.runtime.gather import Weight
 from transload.runtime.placement import Target
-from transload.runtime.weight import PackedWeight
+from transload.runtime.weight import AnyWeight
 
 
 class RowStore(nn.Module):
@@ -44,7 +45,7 @@ class RowStore(nn.Module):
 class QuantEmbedding(nn.Module):
     """Stands in for nn.Embedding. The rows come from a store of its own, or from the packed weight of a tied head."""
 
-    table: RowStore | PackedWeight | None
+    table: RowStore | AnyWeight | None
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -53,10 +54,12 @@ class QuantEmbedding(nn.Module):
         self.register_module("table", None)
         self.tied = False  # True: the numbers belong to another module, which saves them
 
-    def fill(self, member: str, w: QTensor, to: Target) -> None:
+    def fill(self, member: str, w: Weight, to: Target) -> None:
         """Stores the rows for lookup. Raises FormatError when the shape is not the model's."""
         if (w.n, w.k) != (self.num_embeddings, self.embedding_dim):
             raise FormatError(f"the embedding is {(w.n, w.k)}, expected {(self.num_embeddings, self.embedding_dim)}")
+        if not isinstance(w, QTensor):
+            raise FormatError("the embedding's rows are of several schemes")
         self.table = RowStore(w, to.torch_device)
 
     def forward(self, index: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class QuantEmbedding(nn.Module):
         """(N, K)."""
         return self.num_embeddings, self.embedding_dim
 
-    def qtensor(self, member: str = "weight") -> QTensor:
+    def qtensor(self, member: str = "weight") -> Weight:
         """The exact numbers of the table."""
         return self.table.qtensor()  # type: ignore[union-attr]
 

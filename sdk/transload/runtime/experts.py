@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from transload.errors import FormatError
-from transload.quant import QTensor
+from transload.runtime.gather import Weight
 from transload.runtime.placement import Target
-from transload.runtime.weight import PackedWeight
+from transload.runtime.weight import AnyWeight, PackedWeight, pack
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
@@ -49,12 +49,13 @@ class QuantExperts(nn.Module):
     model family stay what they are.
     """
 
-    gate_up: PackedWeight | None
-    down: PackedWeight | None
+    gate_up: AnyWeight | None
+    down: AnyWeight | None
 
     def __init__(self, num_experts: int, gate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.num_experts, self._gate = num_experts, gate
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._swiglu = _is_swiglu(gate)
         self.register_module("gate_up", None)
         self.register_module("down", None)
@@ -68,26 +69,26 @@ class QuantExperts(nn.Module):
             setattr(module, name, None)
         return experts
 
-    def fill(self, member: str, w: QTensor, to: Target) -> None:
+    def fill(self, member: str, w: Weight, to: Target) -> None:
         """Packs one of the two projections. Raises NoKernel, FormatError for a wrong number of experts."""
         if w.experts != self.num_experts:
             raise FormatError(f"{member} has {w.experts} experts, expected {self.num_experts}")
+        self._shapes[member] = (w.experts, w.n, w.k)
         if member == PROJECTIONS[0]:
-            self.gate_up = PackedWeight.of(w, to)
+            self.gate_up = pack(w, to)
         else:
-            self.down = PackedWeight.of(w, to)
+            self.down = pack(w, to)
 
-    def _projection(self, member: str) -> PackedWeight:
+    def _projection(self, member: str) -> AnyWeight:
         packed = self.gate_up if member == PROJECTIONS[0] else self.down
         assert packed is not None
         return packed
 
     def weight_shape(self, member: str) -> tuple[int, ...]:
         """(E, N, K) of one projection."""
-        packed = self._projection(member).packed
-        return self.num_experts, packed.n, packed.k
+        return self._shapes[member]
 
-    def qtensor(self, member: str) -> QTensor:
+    def qtensor(self, member: str) -> Weight:
         """The exact weight of one projection, for saving."""
         return self._projection(member).qtensor()
 
@@ -111,9 +112,10 @@ class QuantExperts(nn.Module):
     def _products(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Both projections and the gate between them, in one step where the kernel fuses them."""
         gate_up, down = self._projection(PROJECTIONS[0]), self._projection(PROJECTIONS[1])
-        if self._swiglu and gate_up.kernel is down.kernel:
+        if self._swiglu and isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
             x = rows.to(gate_up.x_dtype)
-            fused = gate_up.kernel.swiglu_experts(x, gate_up.packed, down.packed, counts)
+            same = gate_up.kernel is down.kernel
+            fused = gate_up.kernel.swiglu_experts(x, gate_up.packed, down.packed, counts) if same else None
             if fused is not None:
                 return fused.to(rows.dtype)
         return down.grouped_matmul(self._gate(gate_up.grouped_matmul(rows, counts)), counts)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from transload.errors import FormatError
-from transload.quant import QTensor
+from transload.runtime.gather import Weight
 from transload.runtime.placement import Target, target
-from transload.runtime.weight import PackedWeight
+from transload.runtime.weight import AnyWeight, pack
 
 
 class QuantLinear(nn.Module):
     """y = x @ w.T + bias, w packed for one kernel. Stands in for nn.Linear; it has no weight until `fill`."""
 
-    packed: PackedWeight | None
+    packed: AnyWeight | None
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_qtensor(
         cls,
-        w: QTensor,
+        w: Weight,
         bias: Tensor | None = None,
         device: str | Target = "auto",
         x_dtype: torch.dtype = torch.float32,
@@ -47,24 +47,24 @@ class QuantLinear(nn.Module):
         layer.fill("weight", w, to)
         return layer
 
-    def fill(self, member: str, w: QTensor, to: Target) -> None:
+    def fill(self, member: str, w: Weight, to: Target) -> None:
         """Chooses a kernel for the weight and packs it. Raises NoKernel, FormatError for a shape that is not ours."""
         if (w.n, w.k) != (self.out_features, self.in_features) or w.experts:
             raise FormatError(f"the weight is {(w.n, w.k)}, expected {(self.out_features, self.in_features)}")
-        self.packed = PackedWeight.of(w, to)
+        self.packed = pack(w, to)
 
     def weight_shape(self, member: str = "weight") -> tuple[int, ...]:
         """(N, K)."""
         return self.out_features, self.in_features
 
-    def qtensor(self, member: str = "weight") -> QTensor:
+    def qtensor(self, member: str = "weight") -> Weight:
         """The exact weight, for saving."""
         return self.packed.qtensor()  # type: ignore[union-attr]
 
     def __getattr__(self, name: str) -> Any:
         """Model code that reads `weight` directly (its dtype, mostly) gets the dequantized weight."""
         if name == "weight" and self._modules.get("packed") is not None:
-            return self.qtensor().dequantize(self.packed.x_dtype)  # type: ignore[union-attr]
+            return self.qtensor().dequantize()
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:

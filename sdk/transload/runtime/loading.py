@@ -17,6 +17,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
 from transload import checkpoint as checkpoints
@@ -62,7 +63,7 @@ def load(
         if quantized:
             recipe.reading(checkpoint, progress)
     with _no_bars(), torch.no_grad():
-        model, info = _class(config).from_pretrained(
+        model, info = _class(config, checkpoint.path).from_pretrained(
             None,
             config=config,
             state_dict=float_state(checkpoint),
@@ -127,16 +128,18 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig
         ) from e
 
 
-def _class(config: PretrainedConfig) -> Any:
+def _class(config: PretrainedConfig, folder: Path) -> Any:
     """The model class that config.json names, else the one transformers has for text generation."""
-    if "auto_map" in vars(config):
-        return AutoModelForCausalLM
+    custom = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in custom:
+        return get_class_from_dynamic_module(custom["AutoModelForCausalLM"], folder)
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping:
-            return auto
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
     raise Unsupported(f"transformers {transformers.__version__} has no generating model for '{config.model_type}'")
 
 

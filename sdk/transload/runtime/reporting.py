@@ -11,7 +11,7 @@ from torch import nn
 from transload.runtime.embedding import QuantEmbedding, RowStore
 from transload.runtime.experts import QuantExperts
 from transload.runtime.linear import QuantLinear
-from transload.runtime.weight import PackedWeight
+from transload.runtime.weight import PackedWeight, SplitWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def report(model: nn.Module) -> Report:
     seen: set[int] = set()
     modules, inner = [], set()
     for name, module in model.named_modules():
-        for kind, packed in _weights(module):
+        for kind, packed in _weights(module):  # several of one module where its rows are of several schemes
             inner |= {id(t) for t in packed.buffers()}
             modules.append(_describe(name, kind, packed, notes.get(name), counted=id(packed) in seen))
             seen.add(id(packed))
@@ -83,12 +83,15 @@ def report(model: nn.Module) -> Report:
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, PackedWeight | RowStore]]:
     if isinstance(module, QuantLinear) and module.packed is not None:
-        yield "linear", module.packed
+        yield from (("linear", part) for part in _parts(module.packed))
     elif isinstance(module, QuantEmbedding) and module.table is not None:
-        yield "embedding", module.table
+        yield from (("embedding", part) for part in _parts(module.table))
     elif isinstance(module, QuantExperts) and module.gate_up is not None and module.down is not None:
-        yield "experts", module.gate_up
-        yield "experts", module.down
+        yield from (("experts", part) for part in (*_parts(module.gate_up), *_parts(module.down)))
+
+
+def _parts(weight: PackedWeight | SplitWeight | RowStore) -> list[PackedWeight | RowStore]:
+    return list(weight.packed_parts()) if isinstance(weight, SplitWeight) else [weight]
 
 
 def _describe(name: str, kind: str, w: PackedWeight | RowStore, note: str | None, counted: bool) -> ModuleReport:

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform, revert_weight_conversion
 
+from transload.errors import Unsupported
 from transload.formats.neutral import Neutral
 from transload.quant import QTensor, QuantSpec
 from transload.runtime.experts import PROJECTIONS, QuantExperts
-from transload.runtime.gather import assemble
+from transload.runtime.gather import Weight, assemble
 from transload.runtime.standins import Quantized
 from transload.runtime.trace import Recipe, stored_from
 
@@ -31,13 +32,15 @@ def stored_state(
     tensors, recipes = _names_on_disk(model, standins, weights, conversions)
 
     @lru_cache(maxsize=1)
-    def numbers(parameter: str) -> QTensor:
+    def numbers(parameter: str) -> Weight:
         module, member = weights[parameter]
         return module.qtensor(member)
 
     specs: dict[str, QuantSpec] = {}
     for name, recipe in recipes.items():
         w = assemble(name, recipe, numbers)
+        if not isinstance(w, QTensor):
+            raise Unsupported(f"{name}: rows of several schemes have no place in one stored module")
         specs[name] = w.spec
         tensors |= Neutral().encode(name, w)
     config = Neutral().finish(specs, {})["config.json"]["quantization_config"]

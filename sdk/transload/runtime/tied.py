@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transload.errors import Unsupported
 from transload.quant import QTensor
 from transload.runtime.embedding import QuantEmbedding, RowStore
+from transload.runtime.gather import Weight
 from transload.runtime.linear import QuantLinear
 from transload.runtime.placement import Target
 from transload.runtime.standins import fill, owner_of
@@ -35,7 +36,7 @@ def take_ties(model: PreTrainedModel, quantized: Container[str], stored: Contain
     return ties
 
 
-def fill_tied(model: nn.Module, parameter: str, followers: tuple[str, ...], w: QTensor, to: Target) -> None:
+def fill_tied(model: nn.Module, parameter: str, followers: tuple[str, ...], w: Weight, to: Target) -> None:
     """Fills `parameter` and the stand-ins tied to it from one weight, packed once where the kernel can look up rows."""
     modules = [model.get_submodule(owner_of(name)) for name in (parameter, *followers)]
     heads = [m for m in modules if isinstance(m, QuantLinear)]
@@ -50,6 +51,8 @@ def fill_tied(model: nn.Module, parameter: str, followers: tuple[str, ...], w: Q
         for other in embeddings:
             other.table = next(m.table for m in embeddings if m.table is not None)
         return
+    if not isinstance(w, QTensor):
+        raise Unsupported(f"{parameter}: rows of several schemes in an embedding that is tied to the output head")
     heads[0].fill("weight", w, to)
     packed = heads[0].packed
     assert packed is not None

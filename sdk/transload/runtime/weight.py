@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from transload.errors import Unsupported
 from transload.hal import Packed, Problem
 from transload.quant import QTensor, QuantSpec
+from transload.runtime.gather import SplitRows, Weight
 from transload.runtime.placement import Placed, Target, place
 
 _PREFIX = "w_"  # a kernel may call its tensors anything, also what a module has as an attribute
@@ -27,11 +30,6 @@ class PackedWeight(nn.Module):
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # tells transformers not to touch it
             self.register_buffer(_PREFIX + name, tensor)
         self._is_hf_initialized = True
-
-    @classmethod
-    def of(cls, w: QTensor, to: Target) -> PackedWeight:
-        """Chooses a kernel for `w` on the target and packs it. Raises NoKernel."""
-        return cls(place(w, to), to.torch_device)
 
     @property
     def packed(self) -> Packed:
@@ -91,3 +89,42 @@ class PackedWeight(nn.Module):
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class SplitWeight(nn.Module):
+    """Packed weights below each other, each in a scheme and kernel of its own, that act as one."""
+
+    def __init__(self, parts: Sequence[PackedWeight]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def packed_parts(self) -> list[PackedWeight]:
+        """The parts from top to bottom."""
+        return [cast(PackedWeight, part) for part in self.parts]
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] times the weight plus bias [N]: [..., N] in x's dtype."""
+        y = torch.cat([part.matmul(x) for part in self.packed_parts()], dim=-1)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def grouped_matmul(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Rows x [M, K] sorted by expert, counts int64 [E]: [M, N] in x's dtype."""
+        return torch.cat([part.grouped_matmul(x, counts) for part in self.packed_parts()], dim=-1)
+
+    def rows(self, index: Tensor) -> QTensor:
+        """Raises Unsupported: an embedding's rows are of one scheme."""
+        raise Unsupported("rows of a weight with several schemes are not looked up")
+
+    def qtensor(self) -> SplitRows:
+        """The exact weight that was packed."""
+        return SplitRows(tuple(part.qtensor() for part in self.packed_parts()))
+
+
+AnyWeight = PackedWeight | SplitWeight
+
+
+def pack(w: Weight, to: Target) -> AnyWeight:
+    """Chooses a kernel for `w` on the target and packs it. Raises NoKernel."""
+    if isinstance(w, SplitRows):
+        return SplitWeight([PackedWeight(place(part, to), to.torch_device) for part in w.parts])
+    return PackedWeight(place(w, to), to.torch_device)
