@@ -16,6 +16,7 @@ from transload.errors import ConfigError
 from transload.hal import Device, Kernel, Packed, Problem
 from transload.quant import Grid, QTensor
 from transload_cpu.onnx_layout import BLOCKS, block_size, lay_out
+from transload_cpu.onnx_probe import missing, no_int8
 from transload_cpu.onnx_session import Session, return_freed_memory
 from transload_cpu.storage import pack_tight, take_rows, unpack_tight
 
@@ -51,6 +52,10 @@ class OnnxKernel(Kernel):
             if spec.act:
                 return f"MatMulNBits quantizes x per block of {BLOCKS}, and the block must divide the weight's group"
             return f"group_size {spec.group_size} is not made of blocks of {BLOCKS}"
+        if (reason := missing()) is not None:
+            return reason
+        if spec.act and p.k and (block := block_size(p.k, spec)):
+            return no_int8(4 if spec.bits <= 4 else 8, block)
         return None
 
     def pack(self, w: QTensor) -> Packed:

@@ -27,7 +27,7 @@ class Session:
     """y = x @ w.T for one Layout. Threads may share it: nothing is kept between calls."""
 
     def __init__(self, layout: Layout, int8_activations: bool) -> None:
-        ort = _runtime()
+        ort = runtime()
         options = ort.SessionOptions()
         options.use_per_session_threads = False
         options.enable_cpu_mem_arena = False  # the arena grows by powers of two; torch owns x and y anyway
@@ -81,8 +81,11 @@ def _malloc_trim() -> Any:
 
 
 @cache
-def _runtime() -> Any:
-    """The onnxruntime module with one thread pool for all sessions, as large as torch's."""
+def runtime() -> Any:
+    """The onnxruntime module with one thread pool for all sessions, as large as torch's.
+
+    The pool cannot change its size later. Raises ImportError without onnxruntime, BackendError for one without a pool.
+    """
     import onnxruntime as ort
 
     with _start:

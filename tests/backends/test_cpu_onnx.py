@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transload.errors import ConfigError
 from transload.hal import Problem
 from transload.quant import PER_CHANNEL, ActSpec, Grid, QTensor, QuantSpec, Zero
 from transload.testing import CASES, coverage, nmse
-from transload_cpu import onnx_kernel
+from transload_cpu import onnx_kernel, onnx_probe
 from transload_cpu.backend import backend
 from transload_cpu.onnx_kernel import OnnxKernel
 from transload_cpu.onnx_layout import block_size, lay_out
@@ -97,6 +98,33 @@ REFUSED = [
 @pytest.mark.parametrize(("spec", "dtype", "words"), REFUSED, ids=[words for *_, words in REFUSED])
 def test_a_refusal_names_the_limit(spec: QuantSpec, dtype: torch.dtype, words: str) -> None:
     assert words in str(OnnxKernel().refuses(Problem(16, 512, spec, dtype), HOST))
+
+
+@pytest.fixture
+def _probed_again() -> Iterator[None]:
+    onnx_probe.no_int8.cache_clear()
+    onnx_probe.missing.cache_clear()
+    yield
+    onnx_probe.no_int8.cache_clear()
+    onnx_probe.missing.cache_clear()
+
+
+@pytest.mark.usefixtures("_probed_again")
+def test_a_runtime_that_silently_keeps_float_activations_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = onnx_probe.Session
+    monkeypatch.setattr(onnx_probe, "Session", lambda layout, int8_activations: real(layout, False))
+    problem = Problem(16, 512, QuantSpec(4, 32, act=GROUP_32))
+    assert "does not multiply 4-bit codes in blocks of 32 with int8" in str(OnnxKernel().refuses(problem, HOST))
+    assert OnnxKernel().refuses(Problem(16, 512, QuantSpec(4, 32)), HOST) is None
+
+
+@pytest.mark.usefixtures("_probed_again")
+def test_a_missing_runtime_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise ImportError("No module named 'onnxruntime'")
+
+    monkeypatch.setattr(onnx_probe, "runtime", absent)
+    assert "pip install onnxruntime" in str(OnnxKernel().refuses(Problem(16, 512, QuantSpec(4, 32)), HOST))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
