@@ -129,9 +129,7 @@ def test_names_in_pictures_are_escaped() -> None:
 
 
 def test_a_device_map_covers_every_module_once_in_order() -> None:
-    answer = plan(
-        config("Qwen3-8B"), {"nodes": [{"name": "n", "devices": [{"type": "T4", "count": 2}]}]}, recipe="int4-g128"
-    )
+    answer = plan(config("Qwen3-8B"), "2xT4", {"context": 8192})
     mapped = answer.device_map()
     assert list(mapped) == ["model.embed_tokens", *(f"model.layers.{i}" for i in range(36)), "model.norm", "lm_head"]
     assert set(mapped.values()) == {0, 1}
@@ -141,7 +139,7 @@ def test_a_device_map_covers_every_module_once_in_order() -> None:
 
 
 def test_a_device_map_offloads_to_ram_and_disk() -> None:
-    node = {"name": "n", "devices": [{"type": "T4"}], "host_memory": "8 GiB", "disk": "100 GiB"}
+    node = {"name": "n", "devices": [{"type": "T4"}], "host_memory": "2 GiB", "disk": "100 GiB"}
     mapped = plan(config("Qwen3-8B"), {"nodes": [node]}, {"context": 2048}).device_map()
     places = list(mapped.values())
     assert places[0] == 0

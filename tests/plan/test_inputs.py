@@ -184,7 +184,8 @@ def _safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) ->
 
 TINY = {
     "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 640, "max_position_embeddings": 4096,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 640,
+    "max_position_embeddings": 4096,
 }  # fmt: skip
 
 

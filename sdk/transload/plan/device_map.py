@@ -34,8 +34,8 @@ def device_map(plan: Plan) -> dict[str, int | str]:
             at += 1
         if at == len(left):
             raise DoesNotFit(
-                f"{plan.model}: {module.name} ({show_bytes(size)}) and what follows fit neither the devices of the first "
-                "node nor its RAM and disk; raise host_memory or disk in the cluster file"
+                f"{plan.model}: {module.name} ({show_bytes(size)}) and what follows fit neither the devices of the "
+                "first node nor its RAM and disk; raise host_memory or disk in the cluster file"
             )
         left[at] -= size
         out[module.name] = plan.rooms[at].device
