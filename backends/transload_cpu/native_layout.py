@@ -66,15 +66,15 @@ def rows(p: Packed, index: Tensor) -> QTensor:
 
 
 def dequantize(p: Packed, dtype: torch.dtype) -> Tensor:
-    """The weight as floats [N, K] or [E, N, K], inputs in their original order."""
+    """The weight as floats [N, K] or [E, N, K] (a transposed view), inputs in their original order."""
     packed = p.tensors["packed"]
-    lead = (p.n,) if p.experts is None else (p.experts, p.n)
-    out = torch.empty(*lead, p.k, dtype=dtype)
+    lead = () if p.experts is None else (p.experts,)
+    out = torch.empty(*lead, p.k, p.n, dtype=dtype)
     status = load().tl_dequantize(
         packed.data_ptr(), packed.numel(), DTYPES[dtype], out.data_ptr(), torch.get_num_threads()
     )
     check(status, "dequantize")
-    return out
+    return out.transpose(-1, -2)
 
 
 class _Parts:

@@ -31,6 +31,10 @@ struct Isa {
   // out[i] + bias[i] for i < n as x's type. bias may be null.
   void (*store_row)(const float *out, const float *bias, int n, void *y, int64_t at, int32_t dtype);
 
+  // The first `outputs` outputs of a panel as floats: out [k][n] of dtype, at the panel's first column.
+  void (*dequantize)(const Layout &layout, const Panel &panel, const int32_t *order, int outputs, int32_t dtype,
+                     uint8_t *out);
+
   // Around every parallel region, on every thread; null when there is nothing to do.
   void (*enter)(const Plan &plan);
   void (*leave)();
@@ -46,6 +50,9 @@ extern const Isa dotprod_isa;
 // The table to use on an instruction set, null when it was not compiled in or this CPU lacks it. With few rows, or
 // segments that do not fill a tile, AMX hands over to AVX512.
 const Isa *find_isa(int32_t isa, const Plan &plan, int64_t rows);
+
+// The widest vectors that this CPU has, for everything that is not a product.
+const Isa &best_isa();
 
 #if defined(__x86_64__)
 bool amx_suits(const Plan &plan, int64_t rows);

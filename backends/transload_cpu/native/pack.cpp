@@ -6,8 +6,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "floats.h"
-#include "layout.h"
+#include "isa.h"
 
 namespace transload {
 namespace {
@@ -84,36 +83,6 @@ void side_out(const uint8_t *from, int64_t groups, int first, int count, int64_t
 
 int outputs_of(const Layout &l, int64_t panel) {
   return static_cast<int>(std::min<int64_t>(kPanel, l.geometry.n - panel * kPanel));
-}
-
-float weight_at(const Layout &l, const Panel &p, int64_t place, int j, int code) {
-  const tl_geometry &g = l.geometry;
-  const int64_t group = g.group_size == -1 ? 0 : place / g.group_size, at = group * kPanel + j;
-  const float scale = read_float(p.scales, at, g.scale_dtype);
-  switch (g.zero) {
-    case TL_ZERO_MIDPOINT: return scale * static_cast<float>(code - g.midpoint);
-    case TL_ZERO_CODES: return scale * static_cast<float>(code - p.zeros[at]);
-    case TL_ZERO_FLOATS: return scale * (static_cast<float>(code) - read_float(p.zeros, at, g.scale_dtype));
-    default: return scale * static_cast<float>(code) + read_float(p.zeros, at, g.scale_dtype);
-  }
-}
-
-void dequantize_panel(const Layout &l, const Panel &p, const int32_t *order, int outputs, int32_t dtype,
-                      uint8_t *rows) {
-  const int64_t k = l.geometry.k;
-  for (int64_t at = 0; at < k; at += 8)
-    for (int j = 0; j < outputs; j++) {
-      Eight e{};
-      const uint8_t *from = p.codes + at / 8 * l.step_bytes;
-      uint8_t codes[8];
-      std::memcpy(&e.low, from + low_at(j), 4);
-      if (l.geometry.bits == 8) std::memcpy(&e.high, from + high_at(j), 4);
-      write_eight(e, codes, 8, l.geometry.bits);
-      for (int64_t i = 0; i < std::min<int64_t>(8, k - at); i++) {
-        const int64_t input = order ? order[at + i] : at + i;
-        write_float(rows, j * k + input, dtype, weight_at(l, p, at + i, j, codes[i]));
-      }
-    }
 }
 
 // Asks for 2 MB pages before the first touch: reading a weight end to end then misses the TLB 512 times less often.
@@ -234,11 +203,12 @@ extern "C" int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int32
   if (status != TL_OK) return status;
   if (!out || threads < 1 || dtype < TL_FLOAT32 || dtype > TL_FLOAT16) return TL_BAD_ARGUMENT;
   const int64_t n = l.geometry.n, k = l.geometry.k, all = l.geometry.experts * l.panels;
+  const Isa &isa = best_isa();
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t index = 0; index < all; index++) {
-    const int64_t expert = index / l.panels, panel = index % l.panels, row = expert * n + panel * kPanel;
-    dequantize_panel(l, panel_at(l, packed, expert, panel), order_of(l, packed), outputs_of(l, panel), dtype,
-                     static_cast<uint8_t *>(out) + row * k * dtype_bytes(dtype));
+    const int64_t expert = index / l.panels, panel = index % l.panels, at = expert * k * n + panel * kPanel;
+    isa.dequantize(l, panel_at(l, packed, expert, panel), order_of(l, packed), outputs_of(l, panel), dtype,
+                   static_cast<uint8_t *>(out) + at * dtype_bytes(dtype));
   }
   return TL_OK;
 }

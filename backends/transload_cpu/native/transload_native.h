@@ -86,7 +86,7 @@ TL_API int32_t tl_unpack(const void *packed, int64_t packed_bytes, uint8_t *code
 TL_API int32_t tl_rows(const void *packed, int64_t packed_bytes, const int64_t *index, int64_t count, uint8_t *codes,
                        void *scales, void *zeros, int32_t *order);
 
-// The weight as floats [experts, n, k] of `dtype`, in the original order of inputs.
+// The weight as floats [experts, k, n] of `dtype`, in the original order of inputs: the right-hand side of x * w.
 TL_API int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int32_t dtype, void *out, int32_t threads);
 
 typedef struct {

@@ -94,6 +94,13 @@ void check_unpack(const Weight &w) {
   if (w.g.zero >= TL_ZERO_FLOATS) expect(float_zeros == w.float_zeros, "unpack float zeros", w.g, -1);
   std::vector<float> floats(w.codes.size());
   expect(tl_dequantize(w.packed.data(), bytes, TL_FLOAT32, floats.data(), 2) == TL_OK, "dequantize", w.g, -1);
+  for (int64_t e = 0; e < w.g.experts; e++)
+    for (int64_t n = 0; n < w.g.n; n++)
+      for (int64_t p = 0; p < w.g.k; p++) {
+        const int64_t input = w.g.act_order ? w.order[static_cast<size_t>(p)] : p;
+        const double error = floats[static_cast<size_t>((e * w.g.k + input) * w.g.n + n)] - w.at(e, n, p);
+        if (std::fabs(error) > 1e-5) return expect(false, "dequantized weight", w.g, -1);
+      }
   for (int64_t cut = 0; cut < bytes; cut += bytes / 7 + 1) {
     const std::vector<uint8_t> part(w.packed.begin(), w.packed.begin() + cut);
     tl_geometry g;
