@@ -77,7 +77,7 @@ _SIGNATURES = {
 
 @cache
 def load(path: Path | None = None) -> ctypes.CDLL:
-    """The library at `path` (where the build puts it) with its functions declared. Raises BackendError when it is not there or does not load.
+    """The library at `path` (default: where the build puts it). Raises BackendError when it is absent or does not load.
 
     torch is imported before, so that both share one OpenMP library and with it one pool of threads.
     """
