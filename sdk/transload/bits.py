@@ -9,6 +9,8 @@ A stream is LSB-first: code i occupies bits [b*i, b*i + b) of the concatenated w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,20 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     else:
         out = _unpack_eights(data, bits)
     return out[..., :count].contiguous()
+
+
+def join(lanes: Sequence[Tensor], bits: int) -> Tensor:
+    """Bytes of equal tensors laid over each other, the first lowest: uint8 each -> uint8. For b = 4: 3, 12 -> 0xc3."""
+    out = lanes[0].clone(memory_format=torch.contiguous_format)
+    for i, lane in enumerate(lanes[1:], 1):
+        out |= lane << (bits * i)
+    return out
+
+
+def split(data: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """The 8 / bits fields of every byte, lowest first: uint8 -> uint8 each. Inverse of `join`."""
+    mask = (1 << bits) - 1
+    return tuple((data >> (bits * i)) & mask for i in range(8 // bits))
 
 
 def _pack_eights(codes: Tensor, bits: int) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -211,14 +212,21 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats [..., N, K], computed in `dtype` by the formula at the top of this file."""
-        g = self.group_of_k()
-        values = self.spec.grid.values(self.spec.bits).to(self.codes.device, dtype)[self.codes.long()]
-        zeros = self.zero_points(dtype)
+        if self.spec.grid is Grid.INT:
+            values = self.codes.to(dtype)  # exact: no code is above 255
+        else:
+            values = self.spec.grid.values(self.spec.bits).to(self.codes.device, dtype)[self.codes.int()]
+        zeros, size = self.zero_points(dtype), self.k if self.spec.group_size == PER_CHANNEL else self.spec.group_size
+        which: tuple[EllipsisType, Tensor | None] = (..., None)
+        if self.g_idx is None and size and self.k % size == 0:
+            blocks = values.view(*values.shape[:-1], self.k // size, size)  # a group is a row of it
+        else:
+            blocks, which = values, (..., self.group_of_k())
         if zeros is not None:
-            values -= zeros[..., g]
-        values *= self.scales.to(dtype)[..., g]
+            blocks -= zeros[which]
+        blocks *= self.scales.to(dtype)[which]
         if self.mins is not None:
-            values += self.mins.to(dtype)[..., g]
+            blocks += self.mins.to(dtype)[which]
         return values
 
     def with_act(self, act: ActSpec | None) -> QTensor:

@@ -205,10 +205,10 @@ def _decode_4bit(source: Source, entry: Entry) -> QTensor:
     if not torch.equal(book, spec.grid.values(4)):
         raise FormatError(f"quant_map is not {spec.grid.value}'s codebook")
     data = source.read(f"{module}.weight").reshape(-1).view(torch.uint8)
-    codes = bits.unpack(data.unsqueeze(-1), 4, 2).flip(-1).reshape(-1)[: n * k].reshape(n, k)
+    codes = bits.unpack(_swapped(data), 4, n * k).reshape(n, k)
     size = gcd(k, state.blocksize)
     block_of_run = torch.arange(n * k // size) * size // state.blocksize
-    return QTensor(spec, codes.contiguous(), _absmax(source, module, state)[block_of_run].reshape(n, k // size))
+    return QTensor(spec, codes, _absmax(source, module, state)[block_of_run].reshape(n, k // size))
 
 
 def _absmax(source: Source, module: str, state: _State) -> Tensor:
@@ -237,11 +237,15 @@ def _decode_int8(source: Source, entry: Entry) -> QTensor:
 
 
 def _codes_and_map(name: str, w: QTensor) -> dict[str, Tensor]:
-    pairs = w.codes.reshape(-1, 2).flip(-1)
     return {
-        f"{name}.weight": bits.pack(pairs, 4),
+        f"{name}.weight": _swapped(bits.pack(w.codes.reshape(-1), 4)).unsqueeze(1),
         f"{name}.weight.quant_map": w.spec.grid.values(4) + 0.0,  # the library stores FP4's -0 as 0
     }
+
+
+def _swapped(data: Tensor) -> Tensor:
+    """Bytes with their nibbles exchanged: the library puts the first code high, `bits` puts it low."""
+    return bits.join(bits.split(data, 4)[::-1], 4)
 
 
 def _absmax_and_state(name: str, w: QTensor, absmax: Tensor, nested: Json) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ class MsModelSlim(Format):
             zeros = _zeros(parts, entry.spec)
             w = QTensor(entry.spec, codes, scales, zeros)
             if "scale_bias" in parts:
-                layouts.check_scale_bias(parts["scale_bias"], w.dequantize())
+                layouts.check_scale_bias(parts["scale_bias"], w.dequantize(), w.scales)
             if "quant_bias" in parts and f"{entry.name}.bias" not in source.infos:
                 _check_no_bias(parts)
         return w
