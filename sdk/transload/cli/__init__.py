@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated
 
@@ -37,6 +38,9 @@ def _options(
 
 def main() -> None:
     """Runs the command line. A TransloadError becomes one sentence on stderr (or JSON with --json) and exit code 1."""
+    # torch would import every installed vendor extension when it is imported, and fail altogether where one cannot
+    # start (torch_npu without CANN). The backends import them when they are asked for, and say what is missing.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         app()
     except TransloadError as e:
