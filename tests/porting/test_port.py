@@ -13,7 +13,7 @@ from memory_source import MemorySource, random_weight, written
 from safetensors.torch import load_file
 
 import transload
-from transload.errors import CannotHold, ConfigError, FormatError, OutputExists
+from transload.errors import CannotHold, ConfigError, FormatError, OutputExists, TransloadError
 from transload.formats import find_format
 from transload.quant import ActSpec, QTensor, QuantSpec, Zero
 
@@ -246,6 +246,56 @@ def test_an_existing_target_stays_unless_overwriting_is_allowed(tmp_path: Path) 
     assert transload.open(tmp_path / "b").format.name == "gptq"
     transload.port(source, tmp_path / "b", "awq", overwrite=True)
     assert transload.open(tmp_path / "b").format.name == "awq"
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    weights = {f"model.layers.{i}.mlp.up_proj": random_weight(spec(4, 32), 32, 64, i) for i in range(8)}
+    source = model(tmp_path / "a", weights)
+    real, calls = os.pwrite, []
+
+    def full(descriptor: int, data: Any, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) > 10:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(TransloadError, match=r"model\.safetensors: cannot be written: No space left"):
+        transload.port(source, tmp_path / "b", "gptq")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_what_reads_back_differently_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transload.writer import Writer
+
+    source = model(tmp_path / "a", module("mlp.up_proj", spec(4, 32)))
+    real = Writer.add
+
+    def damaged(self: Writer, name: str, tensor: torch.Tensor) -> None:
+        real(self, name, tensor + 1 if name.endswith("scales") else tensor)
+
+    monkeypatch.setattr(Writer, "add", damaged)
+    with pytest.raises(FormatError, match=r"up_proj\.scales read back differs"):
+        transload.port(source, tmp_path / "b", "gptq")
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_decodes_differently_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transload.formats.gptq import Gptq
+
+    source = model(tmp_path / "a", module("mlp.up_proj", spec(4, 32)))
+    real = Gptq.encode
+
+    def wrong(self: Gptq, name: str, w: QTensor) -> dict[str, torch.Tensor]:
+        tensors = real(self, name, w)
+        return {k: t.flip(0) if k.endswith("scales") else t for k, t in tensors.items()}
+
+    monkeypatch.setattr(Gptq, "encode", wrong)
+    with pytest.raises(FormatError, match=r"up_proj .* does not decode to what was meant"):
+        transload.port(source, tmp_path / "b", "gptq")
+    assert not (tmp_path / "b").exists()
 
 
 class Killed(Exception):

@@ -1,0 +1,52 @@
+"""What happens to one module's numbers: nothing, another layout, floats, or another scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from transload.checkpoint import Checkpoint
+from transload.porting.plan import Action, Options, Output, Step
+from transload.quant import QTensor
+from transload.requantize import Difference, difference, requantize
+from transload.rewrite import rewrite
+
+_SLAB = 1 << 22  # values dequantized at a time
+
+
+def values(source: Checkpoint, step: Step) -> Iterator[QTensor | Tensor]:
+    """What the outputs of a step are made of, one in memory at a time."""
+    entry = step.entry
+    if step.outputs and step.outputs[0].expert is not None:
+        yield from source.experts(entry)
+    else:
+        yield source.read(entry) if entry.spec is None else source.decode(entry)
+
+
+def moved(value: QTensor | Tensor, output: Output, options: Options) -> tuple[QTensor | Tensor, Difference | None]:
+    """A module or tensor in its new form, and how far it moved; None stands for not at all."""
+    if isinstance(value, Tensor):
+        return value, None
+    if output.action is Action.DEQUANTIZE:
+        return _as_floats(value, next(iter(output.tensors.values()))[0])
+    assert output.spec is not None
+    if output.action is Action.REQUANTIZE:
+        assert options.requantize is not None
+        new, apart = requantize(value, replace(options.requantize, scale_dtype=output.spec.scale_dtype))
+        return rewrite(new, output.spec), apart
+    return rewrite(value, output.spec), None
+
+
+def _as_floats(w: QTensor, dtype: torch.dtype) -> tuple[Tensor, Difference | None]:
+    """[N, K] made in slabs of rows, so that a large table never exists in float32 beside the result."""
+    weight = torch.empty(w.n, w.k, dtype=dtype)
+    step = max(1, _SLAB // max(w.k, 1))
+    for start in range(0, w.n, step):
+        weight[start : start + step] = w.rows(start, min(start + step, w.n)).dequantize()
+    if dtype is torch.float32:
+        return weight, None
+    apart = difference(w, weight)
+    return weight, apart if apart.max_error else None
