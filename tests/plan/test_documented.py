@@ -89,3 +89,15 @@ def test_engines_of_ascend_load_what_they_document() -> None:
     assert "no weight-only integer linear" in dense.reason
     assert plan(config("Qwen3-8B"), "8x910B3", {"context": "32k"}, recipe="w8a8").fits
     assert plan(config("GLM-5"), "16xA3", {"context": "32k"}, recipe="w4a8", engine="vllm-ascend==main").fits
+
+
+def test_formats_that_a_device_or_engine_lacks_are_refused() -> None:
+    for model, cluster, recipe, words in [
+        ("GLM-4.6", "8xH100", "w4a8", "no int4 weights with int8 activations"),
+        ("Qwen3-8B", "2x310P", "int4-g128", "no 4-bit matrix products"),
+        ("Qwen3-8B", "1xV100", "int4-g128", "compute capability 7.5"),
+        ("Qwen3-8B", "8x910B3", "fp8", "does not load fp8"),
+    ]:
+        answer = plan(config(model), cluster, {"context": 4096}, recipe=recipe)
+        assert not answer.fits
+        assert words in answer.reason

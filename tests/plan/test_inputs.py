@@ -130,6 +130,7 @@ def test_a_bad_workload_names_the_field(workload: dict[str, object], words: str)
 def test_other_bad_arguments() -> None:
     for arguments, words in [
         ({"recipe": "int4-g12x"}, "nearest are"),
+        ({"recipe": "amd=int4-g128"}, "expected PLATFORM=RECIPE"),
         ({"engine": "vllm==9.9"}, "engine 'vllm==9.9' is not known"),
         ({"gpu_memory_utilization": 1.5}, "expected more than 0"),
         ({"tp": 0}, "tp 0"),

@@ -100,7 +100,10 @@ def test_two_vendors_get_replicas_and_traffic_each() -> None:
             {"name": "a", "devices": [{"type": "A3", "count": 16}]},
         ]
     }
-    answer = plan(config("GLM-4.6"), cluster, {"context": "32k", "concurrency": 64}, recipe="w4a8")
+    answer = plan(
+        config("GLM-4.6"), cluster, {"context": "32k", "concurrency": 64}, recipe="cuda=int4-g128,ascend=w4a8"
+    )
+    assert {d.recipe for d in answer.deployments} == {"int4-g128", "w4a8"}
     assert {d.vendor for d in answer.deployments} == {"nvidia", "ascend"}
     assert sum(d.router_weight for d in answer.deployments) == pytest.approx(1, abs=1e-3)
     for number, deployment in enumerate(answer.deployments):
@@ -125,7 +128,8 @@ _THOUSAND = """
 import json, resource, sys
 from transload.plan.planner import plan
 config, cluster = json.loads(sys.stdin.read())
-p = plan(config, cluster, {"context": "32k", "concurrency": 512, "objective": "tokens"}, recipe="w4a8")
+workload = {"context": "32k", "concurrency": 512, "objective": "tokens"}
+p = plan(config, cluster, workload, recipe="cuda=int4-g128,ascend=w4a8")
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps([p.fits, len(p.ranks), p.gap, used.ru_maxrss, used.ru_utime, "torch" in sys.modules]))
 """
@@ -146,7 +150,7 @@ def test_a_thousand_devices_of_four_kinds_stay_small_and_near_the_bound() -> Non
 def test_more_nodes_do_not_mean_more_shapes_than_linear() -> None:
     def judged(nodes: int) -> int:
         cluster = {"nodes": [{"name": "h", "count": nodes, "devices": [{"type": "H100", "count": 8}]}]}
-        answer = plan(config("Kimi-K2-Instruct"), cluster, {"context": "32k"}, recipe="w4a8")
+        answer = plan(config("Kimi-K2-Instruct"), cluster, {"context": "32k"}, recipe="int4-g128")
         return answer.rejected_count
 
     assert judged(100) <= 4 * max(judged(25), 1)

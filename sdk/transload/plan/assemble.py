@@ -39,6 +39,7 @@ def deployment(candidate: Candidate, fitter: Fitter, weight: float) -> Deploymen
     caches, _ = fitter.groups(fit.shape)
     return Deployment(
         engine=fitter.engine.label,
+        recipe=fitter.model.recipe.name,
         vendor=candidate.pools[0].device.vendor,
         platform=fitter.engine.platform,
         device=" + ".join(kinds),

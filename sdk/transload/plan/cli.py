@@ -6,6 +6,7 @@ A group with a default command: the first word is a command when it is one of th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +54,9 @@ def plan_model(
     prompt: Annotated[str | None, typer.Option(help="Tokens of a typical prompt.")] = None,
     output: Annotated[str | None, typer.Option(help="Tokens of a typical answer.")] = None,
     hold_all: Annotated[bool, typer.Option("--hold-all", help="All sequences at full context must fit.")] = False,
-    recipe: Annotated[str | None, typer.Option(help="As if quantized so: int4-g128, w4a8, fp8, bf16 ...")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="As if quantized so: int4-g128, w4a8, fp8 ..., or cuda=int4-g128,ascend=w4a8.")
+    ] = None,
     objective: Annotated[str, typer.Option(help="throughput, latency, tokens or fewest.")] = "throughput",
     tp: Annotated[int | None, typer.Option("--tp", help="Tensor parallel size.")] = None,
     pp: Annotated[int | None, typer.Option("--pp", help="Pipeline stages.")] = None,
@@ -76,22 +79,19 @@ def plan_model(
 ) -> None:
     """Where every shard goes, with every byte accounted for; or why it does not fit. Exit code 2 when it does not."""
     from transload.plan.calibrate import load_constants
-    from transload.plan.planner import Question, answer, checked_wish, checked_workload
-    from transload.plan.sources import load_model
+    from transload.plan.planner import answer, ask, checked_wish
 
     workload = {
         "context": context, "concurrency": concurrency, "prompt": prompt, "output": output, "hold_all": hold_all,
         "kv_dtype": kv_cache_dtype, "batched_tokens": max_num_batched_tokens, "objective": objective,
         "speculative_tokens": speculative_tokens,
     }  # fmt: skip
-    question = Question(
-        load_model(model, recipe),
-        _cluster(cluster),
-        checked_workload({name: value for name, value in workload.items() if value is not None}),
-        checked_wish(tp, pp, dp, ep, dcp),
-        engine,
-        gpu_memory_utilization,
-        load_constants(constants) if constants else None,
+    question = replace(
+        ask(model, _cluster(cluster), {name: value for name, value in workload.items() if value is not None}, recipe),
+        wish=checked_wish(tp, pp, dp, ep, dcp),
+        engine=engine,
+        utilization=gpu_memory_utilization,
+        constants=load_constants(constants) if constants else None,
     )
     plan = answer(question)
     _write(plan, picture, save)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transload.models.info import Attention
+from transload.plan.catalogue import DeviceType
 from transload.plan.engines import Engine
 from transload.plan.ledger import padded_vocabulary, piece, shared_whole, ways_of
 from transload.plan.model import Model, Weight
@@ -115,6 +116,9 @@ def _vision(model: Model, shape: Shape) -> Iterator[Violation]:
 
 def _loadable(model: Model, engine: Engine) -> Iterator[Violation]:
     """Schemes that the engine has no kernel for."""
+    if engine.platform == "cuda" and any(s.kind is Kind.INT_ACT and s.bits == 4 for s in model.schemes()):
+        text = f"{engine.name} on CUDA has no int4 weights with int8 activations"
+        yield Violation("format", text, ("recipe int4-g128 (W4A16)", "recipe w8a8"))
     if engine.platform != "ascend":
         return
     for weight in model.weights():
@@ -136,6 +140,20 @@ def _loadable(model: Model, engine: Engine) -> Iterator[Violation]:
                     "format", f"{reason} ({weight.module.name}: {scheme.name})", ("recipe w4a8", "recipe w8a8")
                 )
                 return
+
+
+def device_violation(model: Model, device: DeviceType) -> Violation | None:
+    """Schemes that a device has no instructions for, whatever the engine.
+
+    Marlin's 4-bit kernels start at compute capability 7.5 (marlin.get_min_capability); 310P has int8 products only
+    (torch_npu, npu_weight_quant_batchmatmul: int32-packed int4 on A2 and A3).
+    """
+    four = any(s.kind in (Kind.INT, Kind.INT_ACT) and s.bits <= 4 for s in model.schemes())
+    if four and device.arch == "sm70":
+        return Violation("device", f"{device.name}: 4-bit kernels need compute capability 7.5", ("recipe bf16",))
+    if four and device.arch == "ascend310p":
+        return Violation("device", f"{device.name} has no 4-bit matrix products", ("recipe w8a8",))
+    return None
 
 
 def _ascend(model: Model, shape: Shape, engine: Engine) -> Iterator[Violation]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from transload.plan.caches import layer_caches
 from transload.plan.catalogue import Constant, DeviceType
-from transload.plan.constraints import Violation, violations
+from transload.plan.constraints import Violation, device_violation, violations
 from transload.plan.engines import Engine
 from transload.plan.kv import Cache, Group, Pool, Serving, blocks_of_request, group_layers, pool_of_groups
 from transload.plan.ledger import Ledger, PartBytes
@@ -86,6 +86,7 @@ class Fitter:
     _stage_groups: dict[tuple[int, int, tuple[tuple[int, int], ...]], list[list[Group]]] = field(default_factory=dict)
     _parts: dict[tuple[int, int, int, bool, bool, int, int], PartBytes] = field(default_factory=dict)
     _active: dict[int, int] = field(default_factory=dict)
+    _devices: dict[str, tuple[Violation, ...]] = field(default_factory=dict)
     _broken: dict[tuple[int, int, bool, int, bool], tuple[Violation, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -128,7 +129,8 @@ class Fitter:
 
         sequences: max-num-seqs of a data-parallel rank. cuts: layers of each stage, vLLM's default when None.
         """
-        broken = self.broken(shape)
+        unfit = [v for d in dict.fromkeys(d.arch for d in devices) for v in self._unfit(d, devices)]
+        broken = (*unfit, *self.broken(shape))
         if broken:
             return Fit(shape, False, str(broken[0]), broken=broken)
         if self.workload.context > (self.model.info.max_position or self.workload.context):
@@ -141,6 +143,13 @@ class Fitter:
         if stages[poorest].available <= 0:
             return _too_heavy(shape, stages, poorest, sequences, batch)
         return self._with_pool(shape, stages, sequences, batch)
+
+    def _unfit(self, arch: str, devices: Sequence[DeviceType]) -> tuple[Violation, ...]:
+        """What a kind of device cannot run of this model."""
+        if arch not in self._devices:
+            found = device_violation(self.model, next(d for d in devices if d.arch == arch))
+            self._devices[arch] = (found,) if found is not None else ()
+        return self._devices[arch]
 
     def stages_of(
         self, shape: Shape, devices: Sequence[DeviceType], sequences: int, usable: float

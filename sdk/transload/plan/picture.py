@@ -31,7 +31,7 @@ def plan_svg(plan: Plan) -> str:
     for name, ranks in drawn:
         rows = [ranks[i : i + _PER_ROW] for i in range(0, len(ranks), _PER_ROW)]
         height = 34 + len(rows) * (_BAR_H + 44)
-        body += [_box(_PAD, y, width - 2 * _PAD, height), _text(_PAD + 12, y + 22, name, 14, bold=True)]
+        body += [_box(_PAD, y, width - 2 * _PAD, height), _text(_PAD + 12, y + 22, _title(name, ranks), 14, bold=True)]
         for i, row in enumerate(rows):
             body += _row(plan, row, _PAD + 12, y + 34 + i * (_BAR_H + 44))
         y += height + 12
@@ -89,6 +89,13 @@ def _nodes(plan: Plan) -> dict[str, list[Rank]]:
         out.setdefault(rank.node, []).append(rank)
     order = list(dict.fromkeys(r.node for r in plan.ranks))
     return {name: out[name] for name in order}
+
+
+def _title(name: str, ranks: Sequence[Rank]) -> str:
+    kinds: dict[str, int] = {}
+    for rank in ranks:
+        kinds[rank.device_type] = kinds.get(rank.device_type, 0) + 1
+    return f"{name}: {', '.join(f'{count} × {kind}' for kind, count in kinds.items())}"
 
 
 def _row(plan: Plan, ranks: Sequence[Rank], x: int, y: int) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -37,6 +37,40 @@ class Question:
     engine: str | None = None
     utilization: float | None = None
     constants: Mapping[str, Mapping[str, Constant]] | None = None
+    models: Mapping[str, Model] | None = None  # platform -> the same model in that vendor's format
+
+    def model_for(self, platform: str) -> Model:
+        """The checkpoint that a platform serves."""
+        return (self.models or {}).get(platform, self.model)
+
+
+def ask(
+    model: ModelSource,
+    cluster: Cluster | Mapping[str, object] | str | Path,
+    workload: Workload | Mapping[str, object] | None = None,
+    recipe: str | None = None,
+) -> Question:
+    """A checked Question. recipe: one for all, or one for each platform: "cuda=int4-g128,ascend=w4a8"."""
+    recipes = _recipes(recipe)
+    models = {platform: load_model(model, name) for platform, name in recipes.items() if platform}
+    first = next(iter(models.values()), None)
+    whole = load_model(model, recipes[""]) if "" in recipes or first is None else first
+    return Question(whole, load_cluster(cluster), checked_workload(workload), models=models or None)
+
+
+def _recipes(text: str | None) -> dict[str, str | None]:
+    """Platform -> recipe name; "" is every platform."""
+    if text is None or "=" not in text:
+        return {"": text}
+    out: dict[str, str | None] = {}
+    for part in text.split(","):
+        platform, _, name = part.strip().partition("=")
+        if platform not in default_constants() or not name:
+            raise ConfigError(
+                f"recipe '{part.strip()[:60]}': expected {', '.join(default_constants())}, '=' and a recipe"
+            )
+        out[platform] = name
+    return out
 
 
 def plan(
@@ -57,19 +91,18 @@ def plan(
     """The best plan for a model on a cluster, or the reason why there is none (`Plan.fits`, `Plan.reason`).
 
     model: a folder, a config.json (path, URL or mapping) or a Model. cluster: a YAML file, a mapping, or "8xH100".
-    recipe: plan as if quantized so ("int4-g128", "w4a8"; see plan/recipes.py). tp .. dcp fix parts of the shape.
+    recipe: plan as if quantized so ("int4-g128", "w4a8"; see plan/recipes.py), or one for each platform
+    ("cuda=int4-g128,ascend=w4a8"). tp .. dcp fix parts of the shape.
     Raises ConfigError for input that contradicts itself, FormatError for damaged checkpoints.
 
     >>> plan("config.json", "4xH100", {"context": "32k", "concurrency": 16}, recipe="int4-g128")  # doctest: +SKIP
     """
-    question = Question(
-        load_model(model, recipe),
-        load_cluster(cluster),
-        checked_workload(workload),
-        checked_wish(tp, pp, dp, ep, dcp),
-        engine,
-        gpu_memory_utilization,
-        constants,
+    question = replace(
+        ask(model, cluster, workload, recipe),
+        wish=checked_wish(tp, pp, dp, ep, dcp),
+        engine=engine,
+        utilization=gpu_memory_utilization,
+        constants=constants,
     )
     return answer(question)
 
@@ -98,7 +131,7 @@ def answer(question: Question) -> Plan:
     chosen = choose(fitting, question.workload)
     plan = Plan(
         model=question.model.name,
-        recipe=question.model.recipe.name,
+        recipe=_recipe_names(question, fitters),
         cluster=question.cluster.name,
         fits=bool(chosen),
         reason="" if chosen else _why_not(judged),
@@ -125,7 +158,7 @@ def judge(question: Question) -> tuple[dict[str, Fitter], list[Candidate]]:
     for platform, pools in _by_platform(question.cluster).items():
         engine = engine_for(platform, question.engine)
         utilization = wanted or engine.utilization
-        fitter = Fitter(question.model, engine, question.workload, constants[platform], utilization)
+        fitter = Fitter(question.model_for(platform), engine, question.workload, constants[platform], utilization)
         fitters[platform] = fitter
         judged += Search(fitter, question.cluster.links, question.wish).candidates(pools)
     return fitters, judged
@@ -179,6 +212,13 @@ def _with_chosen(
             "warnings": _warnings(question, chosen, len(placed)),
         }
     )
+
+
+def _recipe_names(question: Question, fitters: Mapping[str, Fitter]) -> str:
+    names = {platform: question.model_for(platform).recipe.name for platform in fitters}
+    if len(set(names.values())) == 1:
+        return next(iter(names.values()))
+    return ", ".join(f"{name} on {platform}" for platform, name in names.items())
 
 
 def _options(fitting: list[Candidate]) -> tuple[Option, ...]:

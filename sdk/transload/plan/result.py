@@ -66,6 +66,7 @@ class Deployment(_Value):
     """
 
     engine: str
+    recipe: str
     vendor: str
     platform: str
     device: str

@@ -12,7 +12,7 @@ from transload.plan.model import build_model
 from transload.plan.planner import Question, answer
 from transload.plan.recipes import recipe_by_name
 from transload.plan.result import Parallelism, Plan
-from transload.plan.schemes import Kind
+from transload.plan.schemes import Kind, Scheme
 from transload.plan.search import ANY_SHAPE
 
 
@@ -94,10 +94,13 @@ def _shorter(q: Question) -> Iterator[tuple[str, str, float, Question]]:
 
 def _requantized(q: Question) -> Iterator[tuple[str, str, float, Question]]:
     """Fewer bits, and other group sizes when groups are what breaks."""
-    bits = _average_bits(q)
+    bits, seen = _average_bits(q), set[tuple[Scheme, ...]]()
     for name in _RECIPES:
         model = build_model(q.model.info, recipe_by_name(name), q.model.name)
-        changed = replace(q, model=model)
+        if model.schemes() in seen:  # w4a8 of a dense model is w8a8
+            continue
+        seen.add(model.schemes())
+        changed = replace(q, model=model, models=None)
         lost = bits - _average_bits(changed)
         regrouped = lost > -5 and any(s.grouped for s in q.model.schemes())
         if lost > 0.05 or (regrouped and model.recipe.name != q.model.recipe.name):
