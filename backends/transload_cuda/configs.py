@@ -76,7 +76,7 @@ def default(ask: Ask) -> Config:
     if ask.bucket <= 32:
         base = Config(ask.bucket, 64, 128, 4, deep)
     elif ask.bucket <= 64:
-        base = Config(64, 128, 64, 4, deep)
+        base = Config(64, 128, 64, 8, deep)
     else:
         base = Config(128, 128, 64, 8, deep)
     return replace(base, splits=_splits(base, ask))

@@ -67,15 +67,16 @@ def add_block(
     else:
         w = less(codes, tl.full((1, 1), OFFSET, tl.uint8), x.dtype, NARROW)
     if DEFER:
-        return tl.dot(w, x, acc)
-    scale = tl.load(scales_ptr + side).to(tl.float32)
-    acc += tl.dot(w, x) * scale[:, None]
-    if ZERO == FLOATS:
-        zero = tl.load(sides_ptr + side).to(tl.float32)
-        acc += ((OFFSET - zero) * scale)[:, None] * tl.sum(x.to(tl.float32), 0)[None, :]
-    if ZERO == MINS:
-        low = tl.load(sides_ptr + side).to(tl.float32)
-        acc += (low + OFFSET * scale)[:, None] * tl.sum(x.to(tl.float32), 0)[None, :]
+        acc = tl.dot(w, x, acc)
+    else:
+        scale = tl.load(scales_ptr + side).to(tl.float32)
+        acc += tl.dot(w, x) * scale[:, None]
+        if ZERO == FLOATS:
+            zero = tl.load(sides_ptr + side).to(tl.float32)
+            acc += ((OFFSET - zero) * scale)[:, None] * tl.sum(x.to(tl.float32), 0)[None, :]
+        if ZERO == MINS:
+            low = tl.load(sides_ptr + side).to(tl.float32)
+            acc += (low + OFFSET * scale)[:, None] * tl.sum(x.to(tl.float32), 0)[None, :]
     return acc
 
 

@@ -17,7 +17,8 @@ def signed(codes, OFFSET: tl.constexpr):
     """codes - OFFSET as int8."""
     if OFFSET == 128:
         return (codes ^ 128).to(tl.int8, bitcast=True)  # the top bit turned over is the number less 128
-    return codes.to(tl.int8) - OFFSET
+    else:
+        return codes.to(tl.int8) - OFFSET
 
 
 @triton.jit
@@ -53,16 +54,18 @@ def add_block(
     x = tl.load(x_rows[None, :] + (k_first + tl.arange(0, BLOCK_K))[:, None])
     w = signed(codes, OFFSET)
     if WHOLE:
-        return tl.dot(w, x, acc, out_dtype=tl.int32)
-    side = outputs if GROUP == 0 else (k_first // GROUP) * n + outputs
-    scale = tl.load(scales_ptr + side).to(tl.float32)
-    part = tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * scale[:, None]
-    if ZERO != MIDPOINT:
-        sums = tl.load(sums_ptr + (k_first // BLOCK_K) * m + rows)
-        part += zero_term(scale, sides_ptr, side, sums, ZERO, OFFSET)
-    if ACT_GROUP != 0:
-        part *= tl.load(x_scales_ptr + (k_first // ACT_GROUP) * m + rows)[None, :]
-    return acc + part
+        acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+    else:
+        side = outputs if GROUP == 0 else (k_first // GROUP) * n + outputs
+        scale = tl.load(scales_ptr + side).to(tl.float32)
+        part = tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * scale[:, None]
+        if ZERO != MIDPOINT:
+            sums = tl.load(sums_ptr + (k_first // BLOCK_K) * m + rows)
+            part += zero_term(scale, sides_ptr, side, sums, ZERO, OFFSET)
+        if ACT_GROUP != 0:
+            part *= tl.load(x_scales_ptr + (k_first // ACT_GROUP) * m + rows)[None, :]
+        acc += part
+    return acc
 
 
 @triton.jit

@@ -1,0 +1,183 @@
+"""What the conformance cases leave out: exact activations, splits of K, bad operands, graphs and compilation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gpu_under_test import GPU, INTERPRETED
+
+from transload import reference
+from transload.errors import ConfigError
+from transload.hal import Device, Problem
+from transload.quant import ActSpec, Grid, QuantSpec, Zero
+from transload.testing import Case, nmse
+from transload_cuda import layouts
+from transload_cuda.configs import Config
+from transload_cuda.jit import launch
+from transload_cuda.jit.ops import matmul_op
+from transload_cuda.triton_kernel import TritonA8, TritonA16, TritonKernel
+
+SYM = QuantSpec(4, 64)
+A16, A8 = TritonA16(), TritonA8()
+
+
+def kernel_for(spec: QuantSpec) -> TritonKernel:
+    return A8 if spec.act else A16
+
+
+@pytest.mark.parametrize(
+    ("act", "k"),
+    [(ActSpec(), 200), (ActSpec(), 256), (ActSpec(group_size=64), 200), (ActSpec(group_size=96), 288)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_activations_are_quantized_exactly_as_the_reference_does(act: ActSpec, k: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(5, k, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    x[1], x[2, 0], x[3, -1] = 0, torch.nan, torch.inf
+    x[4] = torch.arange(k) % 255 - 127 + 0.5  # halves: rounded to even
+    g = layouts.geometry(k, QuantSpec(4, 32, act=act))
+    q, scales, sums = launch.quantize(x.to(GPU.at), g, 32, None)
+    wanted, wanted_scales = reference.quantize_activation(x, act)
+    assert torch.equal(q[:, :k].cpu(), wanted)
+    assert q[:, k:].count_nonzero() == 0
+    found = scales.T.cpu()[:, : wanted_scales.shape[1]]
+    assert torch.equal(found.nan_to_num(-1), wanted_scales.nan_to_num(-1))
+    assert torch.equal(sums.cpu(), q.cpu().int().unflatten(1, (-1, 32)).sum(-1).T)
+
+
+@pytest.mark.parametrize("spec", [
+    SYM, replace(SYM, act=ActSpec()), QuantSpec(4, 32, zero=Zero.MINS), QuantSpec(8, -1, zero=Zero.CODES, act=ActSpec())
+], ids=str)  # fmt: skip
+def test_any_tiles_and_splits_give_the_same_product(spec: QuantSpec) -> None:
+    data = Case(spec, m=18, n=40, k=512, bias=True).operands()
+    packed = kernel_for(spec).place(layouts.pack("t", data.weight), GPU.at)
+    truth = reference.matmul(data.x, data.weight, data.bias)
+    assert data.bias is not None
+    for config in (Config(16, 64, 32, splits=3), Config(32, 16, 32, splits=1)):
+        y = launch.multiply(data.x.to(GPU.at), packed.tensors, spec, 40, data.bias.to(GPU.at), None, config)
+        assert nmse(y.cpu(), truth) < (1e-9 if spec.act else 1e-6)
+
+
+def test_rows_that_belong_to_no_expert_give_zeros() -> None:
+    data = Case(SYM, m=6, n=24, counts=(2, 0, 4)).operands()
+    packed = A16.place(A16.pack(data.weight), GPU.at)
+    counts = torch.tensor([2, 0, 1], device=GPU.at)
+    y = A16.grouped_matmul(data.x.to(GPU.at), packed, counts).cpu()
+    assert y[3:].count_nonzero() == 0
+    assert nmse(y[:3], reference.grouped_matmul(data.x[:3], data.weight, counts.cpu())) < 1e-6
+
+
+def test_counts_beyond_the_rows_of_x_write_nothing_outside() -> None:
+    data = Case(SYM, m=3, n=24, counts=(2, 1)).operands()
+    packed = A16.place(A16.pack(data.weight), GPU.at)
+    for wrong in ((2, 900), (-5, 3), (2**40, 1)):
+        y = A16.grouped_matmul(data.x.to(GPU.at), packed, torch.tensor(wrong, device=GPU.at))
+        assert y.shape == (3, 24)
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    w = Case(SYM, n=24, k=256).operands().weight
+    packed = A16.place(A16.pack(w), GPU.at)
+    x = torch.randn(3, 256, device=GPU.at)
+    for call, words in (
+        (lambda: A16.matmul(x[:, :128], packed), r"x is \(3, 128\), expected \[M, 256\]"),
+        (lambda: A16.matmul(x[0], packed), r"x is \(256,\)"),
+        (lambda: A16.matmul(x.double(), packed), "x is torch.float64"),
+        (lambda: A16.matmul(x, packed, torch.zeros(3, device=GPU.at)), "bias has shape"),
+        (lambda: A16.grouped_matmul(x, packed, torch.tensor([3], device=GPU.at)), "counts"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            call()
+
+
+def test_strided_rows_are_read_in_place_and_strided_columns_are_copied() -> None:
+    data = Case(SYM, m=4, n=24, k=256).operands()
+    packed = A16.place(A16.pack(data.weight), GPU.at)
+    truth = reference.matmul(data.x, data.weight)
+    wide = torch.full((4, 600), torch.nan)
+    wide[:, 40:296] = data.x
+    across = torch.full((256, 9), torch.nan)
+    across[:, 2:6] = data.x.T
+    for x in (wide.to(GPU.at)[:, 40:296], across.to(GPU.at)[:, 2:6].T, data.x[:1].to(GPU.at).expand(4, 256)):
+        wanted = truth if x.stride(0) else truth[:1].expand(4, 24)
+        assert nmse(A16.matmul(x, packed).cpu(), wanted) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem", "arch", "words"),
+    [
+        (A16, Problem(8, 256, SYM), "sm_75", "compute capability 8.0 or later, Some GPU is sm_75"),
+        (A16, Problem(8, 256, SYM, torch.float64), "sm_90", "not torch.float64"),
+        (A16, Problem(8, 256, replace(SYM, act=ActSpec())), "sm_90", "triton-a8 takes int8"),
+        (A16, Problem(8, 256, QuantSpec(4, 64, Grid.NF4, Zero.NONE)), "sm_90", "integer codes, not nf4"),
+        (A16, Problem(8, 256, SYM, experts=0), "sm_90", "no experts"),
+        (A8, Problem(8, 256, SYM), "sm_90", "triton-a16 takes them"),
+        (A8, Problem(8, 256, QuantSpec(4, 16, act=ActSpec())), "sm_90", "groups of 16 are not a multiple of 32"),
+        (A8, Problem(8, 256, replace(SYM, act=ActSpec(static=True))), "sm_90", "static"),
+        (A8, Problem(8, 70000, replace(SYM, act=ActSpec())), "sm_90", "overflow"),
+        (A8, Problem(8, 256, QuantSpec(4, 64, act=ActSpec(group_size=64), act_order=True)), "sm_90", "act-order"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)  # fmt: skip
+def test_refusals_are_sentences(kernel: TritonKernel, problem: Problem, arch: str, words: str) -> None:
+    device = Device("cuda", 0, "Some GPU", arch, 1 << 30, 1 << 30)
+    assert words in str(kernel.refuses(problem, device))
+
+
+COMPILED = [SYM, replace(SYM, act=ActSpec()), QuantSpec(4, 32, zero=Zero.CODES, act_order=True)]
+
+
+@pytest.mark.parametrize("spec", COMPILED, ids=str)
+def test_torch_compile_keeps_one_graph(spec: QuantSpec) -> None:
+    kernel = kernel_for(spec)
+    data = Case(spec, m=4, n=24, k=256, bias=True).operands()
+    packed = kernel.place(kernel.pack(data.weight), GPU.at)
+    x, bias = data.x.to(GPU.at), None if data.bias is None else data.bias.to(GPU.at)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return kernel.matmul(x.relu(), packed, bias) * 2
+
+    backend = "aot_eager" if INTERPRETED else "inductor"
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(x), layer(x))
+    assert compiled(x[:0]).shape == (0, 24)
+    torch._dynamo.reset()
+
+
+def test_the_operator_describes_itself_truly() -> None:
+    data = Case(SYM, m=4, n=24, k=256, counts=(1, 3)).operands()
+    t = {name: value.to(GPU.at) for name, value in A16.pack(data.weight).tensors.items()}
+    assert data.counts is not None
+    given = (data.x.to(GPU.at), t["codes"], t["scales"], None, None, None, None, data.counts.to(GPU.at))
+    torch.library.opcheck(matmul_op, (*given, 24, 4, 64, "midpoint", 0))
+
+
+if not INTERPRETED:
+
+    @pytest.mark.parametrize("spec", COMPILED, ids=str)
+    @pytest.mark.parametrize("counts", [None, (3, 0, 5)], ids=["dense", "experts"])
+    def test_products_are_captured_in_a_cuda_graph(spec: QuantSpec, counts: tuple[int, ...] | None) -> None:
+        if counts and spec.act_order:
+            pytest.skip("experts have no act-order")
+        kernel = kernel_for(spec)
+        data = Case(spec, m=8, n=40, k=256, counts=counts).operands()
+        packed = kernel.place(kernel.pack(data.weight), GPU.at)
+        x, at = data.x.to(GPU.at), None if data.counts is None else data.counts.to(GPU.at)
+
+        def product() -> torch.Tensor:
+            return kernel.matmul(x, packed) if at is None else kernel.grouped_matmul(x, packed, at)
+
+        wanted = product()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = product()
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, wanted)
+        if at is not None:  # other counts, the same graph
+            at.copy_(torch.tensor([0, 8, 0]))
+            graph.replay()
+            assert nmse(y.cpu(), reference.grouped_matmul(data.x, data.weight, at.cpu())) < 1e-5
