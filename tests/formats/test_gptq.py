@@ -15,7 +15,8 @@ from memory_source import MemorySource, decoded, golden, only, random_weight, wr
 import transload
 from transload import bits
 from transload.errors import FormatError, TransloadError
-from transload.formats.gptq import BITS, Gptq, GptqV2
+from transload.formats.gptq import Gptq, GptqV2
+from transload.formats.gptq_config import BITS
 from transload.quant import Grid, QTensor, QuantSpec, Zero
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -58,7 +59,10 @@ def test_any_shape_group_and_zero_point_round_trips(fmt: Gptq, b: int, data: st.
     n, k = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
     group = data.draw(st.sampled_from([-1, 1, 8, 32, 100]))
     zero = data.draw(st.sampled_from([Zero.CODES, Zero.MIDPOINT]))
-    w = random_weight(spec(b, group, zero, order=group > 0 and data.draw(st.booleans())), n, k, k)
+    order = 0 < group < k and k > 2 and data.draw(st.booleans())
+    w = random_weight(spec(b, group, zero, order), n, k, k)
+    if order and torch.equal(w.g_idx, torch.arange(k) // group):  # type: ignore[arg-type]
+        w.g_idx[[0, -1]] = w.g_idx[[-1, 0]]  # type: ignore[index]
     assert only(fmt, written(fmt, {MODULE: w}))[1].equal(w)
 
 
@@ -68,7 +72,7 @@ def test_mixed_schemes_become_dynamic_rules_that_read_back() -> None:
         "model.layers.1.self_attn.q_proj": random_weight(spec(4, 32), 16, 64, 1),
         "model.layers.0.mlp.down_proj": random_weight(spec(8, -1, Zero.MIDPOINT), 16, 64),
         "model.layers.1.mlp.down_proj": random_weight(spec(4, 32), 16, 64, 2),
-        "lm_head": random_weight(spec(8, 64, order=True), 16, 64),
+        "lm_head": random_weight(spec(8, 32, order=True), 16, 64),
     }
     floats = {"model.layers.0.mlp.gate": (4, 64), "model.layers.1.mlp.gate": (4, 64)}
     source = written(Gptq(), weights, floats)
@@ -97,6 +101,17 @@ def test_a_file_without_g_idx_reads() -> None:
     source = written(GptqV2(), {MODULE: w})
     tensors = {k: t for k, t in source.tensors.items() if not k.endswith("g_idx")}
     assert only(GptqV2(), MemorySource(tensors, source.config))[1].equal(w)
+
+
+def test_desc_act_with_groups_in_place_is_no_act_order() -> None:
+    """Static groups: the g_idx is k // group_size, so formats without one can take the weight."""
+    for size in (32, -1):
+        w = random_weight(spec(4, size), 8, 64)
+        source = written(Gptq(), {MODULE: w})
+        source.config["quantization_config"]["desc_act"] = True  # type: ignore[index]
+        entry, found = only(Gptq(), source)
+        assert entry.spec == w.spec
+        assert found.equal(w)
 
 
 def test_an_old_quantize_config_file_is_enough() -> None:

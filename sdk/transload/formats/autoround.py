@@ -20,7 +20,8 @@ from transload.errors import FormatError, Unsupported
 from transload.formats import stored
 from transload.formats.awq import awq_decode, awq_entry
 from transload.formats.base import Entry, Format, Json, Source
-from transload.formats.gptq import BITS, gptq_decode, gptq_entry
+from transload.formats.gptq import gptq_decode, gptq_entry
+from transload.formats.gptq_config import BITS
 from transload.headers.info import shown
 from transload.quant import QTensor
 

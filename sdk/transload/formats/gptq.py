@@ -12,31 +12,20 @@ its neighbour, and a reader has to add to the word, modulo 2**32 (3 bits: on eac
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from transload import bits
-from transload.errors import CannotHold, FormatError, Unsupported
+from transload.errors import CannotHold, FormatError
 from transload.formats import stored
 from transload.formats.base import Entry, Format, Json, Source, naming
+from transload.formats.gptq_config import BITS, Schemes, config_of, is_gptq, version
 from transload.formats.limits import integer_limits, weights_only
-from transload.formats.rules import commonest, exceptions
 from transload.headers.info import shown
-from transload.quant import QTensor, QuantSpec, Zero
-
-BITS = (2, 3, 4, 8)
-_FILES = ("quantize_config.json", "gptq_config.json")
-
-
-class _Scheme(NamedTuple):
-    bits: int
-    group_size: int
-    symmetric: bool
-    act_order: bool
+from transload.quant import PER_CHANNEL, QTensor, QuantSpec, Zero
 
 
 class Gptq(Format):
@@ -47,15 +36,11 @@ class Gptq(Format):
 
     def detects(self, source: Source) -> bool:
         """True for quant_method gptq (or a quantize_config.json beside qweights) of this version."""
-        return (
-            source.container == "safetensors"
-            and _is_gptq(source)
-            and (_version(source) == "gptq_v2") == (self.offset == 0)
-        )
+        return is_gptq(source) and version(source) == self.name
 
     def entries(self, source: Source) -> dict[str, Entry]:
         """Modules with a qweight, their scheme from the configuration and its `dynamic` overrides."""
-        scheme_of = _Schemes(source)
+        scheme_of = Schemes(source)
         return stored.with_floats(
             source, [gptq_entry(source, m, scheme_of(m)) for m in stored.modules(source, "qweight")]
         )
@@ -84,22 +69,7 @@ class Gptq(Format):
 
     def finish(self, specs: Mapping[str, QuantSpec], floats: Mapping[str, tuple[int, ...]]) -> dict[str, Json]:
         """The quantization_config: the commonest scheme, and a `dynamic` rule for everything that differs."""
-        schemes = {m: _Scheme(s.bits, s.group_size, s.zero is Zero.MIDPOINT, s.act_order) for m, s in specs.items()}
-        base = commonest(schemes) if schemes else _Scheme(4, 128, True, False)
-        fates: dict[str, _Scheme | None] = {**schemes, **{m: None for m in floats if m != "lm_head"}}
-        config: Json = {
-            "quant_method": "gptq",
-            "checkpoint_format": self.name,
-            "bits": base.bits,
-            "group_size": base.group_size,
-            "sym": base.symmetric,
-            "desc_act": base.act_order,
-            "lm_head": "lm_head" in specs,
-            "pack_dtype": "int32",
-        }
-        rules = {_rule(pattern, fate): _overrides(fate) for pattern, fate in exceptions(fates, base)}
-        if rules:
-            config["dynamic"] = rules
+        config = config_of(self.name, specs, floats)
         return {"config.json": {"quantization_config": config}, "quantize_config.json": config}
 
 
@@ -122,11 +92,10 @@ def gptq_entry(source: Source, module: str, scheme: tuple[int, int, bool, bool])
     why = f"for {b} bits, N={n}, K={k}, group_size={group_size}"
     scales = stored.need(source, f"{module}.scales", stored.FLOATS, (None, n), why)
     zero = Zero.MIDPOINT if symmetric else Zero.CODES
+    act_order = act_order and _reorders(source, module, k, group_size)
     spec = QuantSpec(b, group_size, zero=zero, scale_dtype=stored.SCALE_DTYPES[scales.dtype], act_order=act_order)
     stored.need(source, scales.name, stored.FLOATS, (spec.groups(k), n), why)
     stored.need(source, f"{module}.qzeros", ("I32",), (spec.groups(k), bits.packed_len(n, b, torch.int32)), why)
-    if act_order:
-        stored.need(source, f"{module}.g_idx", ("I32",), (k,), "for act-order")
     names = (f"{module}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx"))
     return stored.entry(source, module, spec, (n, k), names)
 
@@ -190,84 +159,23 @@ def _check_symmetric(zeros: Tensor, words: Tensor, midpoint: int) -> None:
     )
 
 
+def _reorders(source: Source, module: str, k: int, group_size: int) -> bool:
+    """Whether a g_idx really mixes groups: desc_act with static groups leaves them where they are.
+
+    The one tensor that is read before `decode`, because formats without a g_idx take the weight if it does not.
+    """
+    info = stored.need(source, f"{module}.g_idx", ("I32",), (k,), "for act-order")
+    return not torch.equal(source.read(info.name), torch.arange(k, dtype=torch.int32) // group_size)
+
+
 def _g_idx(source: Source, entry: Entry, spec: QuantSpec, k: int) -> Tensor | None:
     name = f"{entry.name}.g_idx"
     if name not in source.infos:
         return None
     g_idx = source.read(name)
-    size = k if spec.group_size == -1 else spec.group_size
-    trivial = torch.arange(k, dtype=torch.int32) // size
     if spec.act_order:
         return g_idx
-    if not torch.equal(g_idx, trivial):
+    size = k if spec.group_size == PER_CHANNEL else spec.group_size
+    if not torch.equal(g_idx, torch.arange(k, dtype=torch.int32) // size):
         raise FormatError("desc_act is false, but g_idx is not k // group_size; set desc_act to true to use it")
     return None
-
-
-def _is_gptq(source: Source) -> bool:
-    method = stored.method(source)
-    bare = not method and "quantization_config" not in source.config and source.json(_FILES[0]) is not None
-    return method == "gptq" or (bare and bool(stored.modules(source, "qweight")) and _has_bits(source))
-
-
-def _has_bits(source: Source) -> bool:
-    config = stored.quantization_config(source, *_FILES)
-    return "bits" in config and "version" not in config  # AWQ's file of the same name has a version
-
-
-def _version(source: Source) -> str:
-    config = stored.quantization_config(source, *_FILES)
-    found = stored.text(source, config, "checkpoint_format") or stored.text(source, config, "format") or "gptq"
-    if found not in ("gptq", "gptq_v2"):
-        raise Unsupported(f"{source.path}: GPTQ checkpoint_format {shown(found, 40)} is not read; gptq and gptq_v2 are")
-    return found
-
-
-class _Schemes:
-    """The scheme of a module: the configuration's, with the first matching `dynamic` rule laid over it."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.config = stored.quantization_config(source, *_FILES)
-        self.rules = list(_dynamic(source, self.config))
-
-    def __call__(self, module: str) -> _Scheme:
-        config: Mapping[str, object] = self.config
-        for pattern, overrides in self.rules:
-            if pattern.match(module):
-                if overrides is None:
-                    name = shown(f"{module}.qweight")
-                    raise FormatError(f"{self.source.path}: tensor {name} is stored, but a dynamic rule skips it")
-                config = {**config, **overrides}
-                break
-        source = self.source
-        return _Scheme(
-            stored.choice(source, config, "bits", BITS),
-            stored.group_size(source, config),
-            stored.flag(source, config, "sym", True),
-            stored.flag(source, config, "desc_act"),
-        )
-
-
-def _dynamic(source: Source, config: Json) -> Iterable[tuple[re.Pattern[str], Mapping[str, object] | None]]:
-    dynamic = config.get("dynamic") or {}
-    if not isinstance(dynamic, dict):
-        raise FormatError(f"{source.path}: quantization_config: dynamic is no object of rules")
-    for key, overrides in dynamic.items():
-        skip, pattern = key.startswith("-:"), re.sub(r"^[-+]:", "", key)
-        if not isinstance(overrides, dict) and not skip:
-            raise FormatError(f"{source.path}: quantization_config: dynamic rule {shown(key, 80)} has no overrides")
-        try:
-            yield re.compile(pattern), None if skip else overrides
-        except (re.error, RecursionError, OverflowError) as e:
-            raise FormatError(f"{source.path}: quantization_config: dynamic rule {shown(key, 80)}: {e}") from e
-
-
-def _rule(pattern: str, fate: _Scheme | None) -> str:
-    return ("-:" if fate is None else "+:") + pattern
-
-
-def _overrides(fate: _Scheme | None) -> Json:
-    if fate is None:
-        return {}
-    return {"bits": fate.bits, "group_size": fate.group_size, "sym": fate.symmetric, "desc_act": fate.act_order}
