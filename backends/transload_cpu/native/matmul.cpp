@@ -17,7 +17,8 @@ namespace transload {
 namespace {
 
 constexpr int64_t kItemsPerThread = 8;          // enough to even out a core that is slowed down
-constexpr int64_t kSerialBytes = 32 << 10;      // weights below this are not worth waking a second thread
+constexpr int64_t kSerialBytes = 96 << 10;      // weights below this are not worth waking a second thread
+constexpr int64_t kSerialActivations = 16 << 10;
 constexpr size_t kKeptBytes = size_t(64) << 20; // larger scratch memory is given back after the call
 
 // Memory of the calling thread, kept between calls.
@@ -175,12 +176,17 @@ void multiply_item(const Work &w, int64_t item) {
 void run(const Work &w) {
   const int64_t slots = static_cast<int64_t>(w.tiles.size()) * w.tokens_per_tile();
   const int64_t items = static_cast<int64_t>(w.bands.size()) * w.chunks;
+  // A token or two are quantized before the threads meet: decoding then meets once, at the end.
+  const bool few = slots * w.plan.weight->kp <= kSerialActivations;
+  for (int64_t slot = 0; few && slot < slots; slot++) quantize_slot(w, slot);
 #pragma omp parallel num_threads(w.threads)
   {
     if (w.isa->enter) w.isa->enter(w.plan);
+    if (!few) {
 #pragma omp for schedule(static)
-    for (int64_t slot = 0; slot < slots; slot++) quantize_slot(w, slot);
-#pragma omp for schedule(dynamic, 1)
+      for (int64_t slot = 0; slot < slots; slot++) quantize_slot(w, slot);
+    }
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t item = 0; item < items; item++) multiply_item(w, item);
     if (w.isa->leave) w.isa->leave();
   }
