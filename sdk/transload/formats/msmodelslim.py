@@ -22,23 +22,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from transload.errors import CannotHold, FormatError, Unsupported
+from transload.errors import CannotHold, FormatError
 from transload.formats import msmodelslim_layouts as layouts
 from transload.formats import stored
 from transload.formats.base import Entry, Format, Json, Source, naming
 from transload.formats.limits import divided, integer_limits, positional
-from transload.headers import TensorInfo
+from transload.formats.msmodelslim_headers import (
+    DESCRIPTION,
+    PARTS,
+    TYPES,
+    VERSION,
+    description,
+    entry_of,
+    is_quantized,
+    zero_of_weight_only,
+)
 from transload.headers.info import shown
-from transload.quant import PER_CHANNEL, ActSpec, QTensor, QuantSpec, Zero
-
-DESCRIPTION = "quant_model_description.json"
-VERSION = "1.0.0"
-_TYPES = ("W8A8_DYNAMIC", "W4A8_DYNAMIC", "W4A16", "W8A16", "W8A8", "W8A8_MIX")
-_LEGACY = tuple(f"quant_model_description_{t.lower()}.json" for t in _TYPES)
-_PARTS = (
-    "weight", "weight_scale", "weight_offset", "weight_scale_second", "weight_offset_second", "scale_bias",
-    "input_scale", "input_offset", "quant_bias", "deq_scale",
-)  # fmt: skip
+from transload.quant import PER_CHANNEL, QTensor, QuantSpec, Zero
 
 
 class MsModelSlim(Format):
@@ -48,14 +48,14 @@ class MsModelSlim(Format):
 
     def detects(self, source: Source) -> bool:
         """True where there is a description file and config.json names no other method."""
-        return stored.method(source) in ("", "ascend") and _description(source) is not None
+        return stored.method(source) in ("", "ascend") and description(source) is not None
 
     def entries(self, source: Source) -> dict[str, Entry]:
         """Every tensor by the type that the description gives it."""
-        types = _types(source)
-        modules = {m: types[f"{m}.weight"] for m in stored.modules(source, "weight") if _quantized(types, m)}
-        zero = _zero_of_weight_only(source, modules)
-        found = [_entry(source, m, kind, zero) for m, kind in modules.items()]
+        types = description(source) or {}
+        modules = [m for m in stored.modules(source, "weight") if is_quantized(types, m)]
+        zero = zero_of_weight_only(source, modules, types)
+        found = [entry_of(source, m, types, zero) for m in modules]
         entries = stored.with_floats(source, found)
         for e in entries.values():
             if e.spec is None and e.dtype == "I8" and len(e.shape) > 1:
@@ -117,117 +117,12 @@ class MsModelSlim(Format):
         meta: Json = {
             "version": VERSION,
             # The tool names the widest type it knows of, and W4A8_DYNAMIC only where there is no other.
-            "model_quant_type": next((t for t in (*_TYPES[2:4], *_TYPES[:2]) if t in found), "FLOAT"),
+            "model_quant_type": next((t for t in (*TYPES[2:4], *TYPES[:2]) if t in found), "FLOAT"),
             "metadata": {},
             "group_size": _group_size(specs),
             "optional": {},
         }
         return {DESCRIPTION: types | meta}
-
-
-def _description(source: Source) -> Json | None:
-    return next((found for file in (DESCRIPTION, *_LEGACY) if (found := source.json(file)) is not None), None)
-
-
-def _types(source: Source) -> Json:
-    description = _description(source)
-    assert description is not None
-    return description
-
-
-def _quantized(types: Json, module: str) -> bool:
-    return types.get(f"{module}.weight", "FLOAT") != "FLOAT"
-
-
-def _entry(source: Source, module: str, kind: object, zero: Zero) -> Entry:
-    """The entry of one module: its shape from the scales, its packing from the shape of the weight."""
-    if kind not in _TYPES:
-        raise Unsupported(f"{source.path}: module {shown(module)} is {shown(kind, 40)}; read are {', '.join(_TYPES)}")
-    weight = stored.nonempty(stored.need(source, f"{module}.weight", ("I8",), (None, None)))
-    width = 4 if str(kind).startswith("W4") else 8
-    scales, n, groups = _scale_shape(source, module, weight.shape[0])
-    k = _in_features(source, module, width, weight.shape, n, groups)
-    if k % groups:
-        raise FormatError(f"{scales.file}: tensor {shown(scales.name)} has {groups} groups, which do not divide K={k}")
-    size = PER_CHANNEL if groups == 1 else k // groups
-    _check_group_size(source, module, str(kind), size)
-    act = None if str(kind).endswith("A16") else ActSpec(static=kind == "W8A8")
-    computed = scales.name.endswith((".weight_scale_second", ".deq_scale"))  # from two tensors, in float32
-    dtype = torch.float32 if computed else stored.SCALE_DTYPES[scales.dtype]
-    spec = QuantSpec(width, size, zero=Zero.MIDPOINT if act else zero, scale_dtype=dtype, act=act)
-    _check_sides(source, module, n, k, groups)
-    return stored.entry(source, module, spec, (n, k), (f"{module}.{part}" for part in _PARTS))
-
-
-def _scale_shape(source: Source, module: str, rows: int) -> tuple[TensorInfo, int, int]:
-    """The tensor that says N and G: the second scale, else the scale, else deq_scale of static W8A8."""
-    if f"{module}.weight_scale" not in source.infos:
-        stored.need(source, f"{module}.input_scale", stored.FLOATS, (1,))
-        info = stored.need(source, f"{module}.deq_scale", ("F32", "I64"), (rows,))
-        return info, rows, 1
-    first = stored.need(source, f"{module}.weight_scale", stored.FLOATS, (None, None))
-    second = f"{module}.weight_scale_second"
-    if second not in source.infos:
-        stored.nonempty(first)
-        return first, first.shape[0], first.shape[1]
-    stored.need(source, first.name, stored.FLOATS, (None, 1))
-    info = stored.nonempty(stored.need(source, second, (first.dtype,), (first.shape[0], None)))
-    return info, info.shape[0], info.shape[1]
-
-
-def _in_features(source: Source, module: str, width: int, shape: tuple[int, ...], n: int, groups: int) -> int:
-    rows, columns = shape
-    if width == 4 and 2 * rows == n:
-        return columns
-    if rows == n:
-        by_pairs = width == 4 and groups == 1 and _packs_pairs_of_k(source, module)
-        return 2 * columns if by_pairs else columns
-    where = f"{source.infos[f'{module}.weight'].file}: tensor {shown(f'{module}.weight')}"
-    raise FormatError(f"{where} has {rows} rows, which do not hold the {n} outputs of its scales")
-
-
-def _packs_pairs_of_k(source: Source, module: str) -> bool:
-    """True for W4A16 per channel of the newer saver; the older one keeps one code per byte."""
-    types = _types(source)
-    return types.get(f"{module}.weight") == "W4A16" and "version" in types
-
-
-def _check_group_size(source: Source, module: str, kind: str, size: int) -> None:
-    declared = _types(source).get("group_size", 0)
-    if size == PER_CHANNEL or kind not in ("W4A8_DYNAMIC", "W4A16") or declared in (0, size):
-        return
-    raise FormatError(
-        f"{source.path}: module {shown(module)} has groups of {size}, but {DESCRIPTION} says {shown(declared, 40)}"
-    )
-
-
-def _check_sides(source: Source, module: str, n: int, k: int, groups: int) -> None:
-    """The small tensors that are there have the shapes that they must."""
-    second = f"{module}.weight_scale_second" in source.infos
-    shapes: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = {
-        "weight_offset": (stored.FLOATS, ((n, 1 if second else groups),)),
-        "weight_offset_second": (("I64", "I32", *stored.FLOATS), ((n, groups),)),
-        "scale_bias": (stored.FLOATS, ((n, 1), (n, layouts.CHUNKS), (n, k))),
-        "input_offset": (stored.FLOATS, ((1,),)),
-        "quant_bias": (("I32",), ((n,),)),
-    }
-    for part, (dtypes, allowed) in shapes.items():
-        info = source.infos.get(f"{module}.{part}")
-        if info is not None and info.shape not in allowed:
-            stored.need(source, info.name, dtypes, allowed[0], f"for N={n}, K={k}")
-        elif info is not None:
-            stored.need(source, info.name, dtypes, info.shape)
-    if f"{module}.scale_bias" in source.infos and source.infos[f"{module}.scale_bias"].shape[1] == 16 and k % 16:
-        raise FormatError(f"{source.path}: module {shown(module)}: scale_bias has 16 parts, which do not divide K={k}")
-
-
-def _zero_of_weight_only(source: Source, modules: Mapping[str, object]) -> Zero:
-    """Whether weight-only modules are symmetric, from the offsets of the smallest: the tool has one setting for all."""
-    offsets = [source.infos.get(f"{m}.weight_offset") for m, kind in modules.items() if kind in ("W4A16", "W8A16")]
-    smallest = min((i for i in offsets if i is not None), key=lambda i: i.nbytes, default=None)
-    if smallest is None or stored.all_equal(source.read(smallest.name), 0):
-        return Zero.MIDPOINT
-    return Zero.CODES
 
 
 def _codes(weight: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
@@ -316,8 +211,8 @@ def _type(spec: QuantSpec) -> str:
 def _written(spec: QuantSpec) -> tuple[str, ...]:
     """The tensors that `encode` writes for a spec."""
     if _type(spec) != "W4A8_DYNAMIC":
-        return _PARTS[:3]
-    return _PARTS[:6] if spec.group_size != PER_CHANNEL else (*_PARTS[:3], "scale_bias")
+        return PARTS[:3]
+    return PARTS[:6] if spec.group_size != PER_CHANNEL else (*PARTS[:3], "scale_bias")
 
 
 def _group_size(specs: Mapping[str, QuantSpec]) -> int:
