@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from transload.bench.timing import Clock
 
 app = typer.Typer(help="Time kernels beside every library that does the same.", no_args_is_help=True)
 
@@ -27,6 +30,9 @@ def matmul(
     threads: Annotated[int, typer.Option(help="Threads for everyone.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Turns of every contender.", min=1)] = 7,
     seconds: Annotated[float, typer.Option(help="Length of a turn.", min=0.001)] = 0.03,
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: processor time, for one thread on a busy machine.")
+    ] = "wall",
     peers: Annotated[bool, typer.Option(help="Time other libraries too.")] = True,
     env: Annotated[list[Path] | None, typer.Option(help="Python of another environment whose libraries join.")] = None,
     limits: Annotated[bool, typer.Option(help="Measure memory and multiply rates first.")] = True,
@@ -52,7 +58,7 @@ def matmul(
     if rates:
         read, int8, bf16 = rates.read / 1e9, rates.int8 / 1e9, rates.bf16 / 1e9
         console.print(f"read {read:.1f} GB/s, dense int8 {int8:.0f} GOP/s, dense bf16 {bf16:.0f} GFLOP/s", style="dim")
-    settings = matmul.Settings(threads, rounds, seconds, peers, tuple(env or ()), rates)
+    settings = matmul.Settings(threads, rounds, seconds, peers, tuple(env or ()), rates, _clock(clock))
     done = []
     with console.status("") as status:
         for case, row in zip(chosen, matmul.run(backend, found, chosen, settings), strict=True):
@@ -72,3 +78,11 @@ def matmul(
         report.write_json(done, json)
     if plot:
         report.plot(done, plot)
+
+
+def _clock(name: str) -> Clock:
+    from transload.errors import ConfigError
+
+    if name not in ("wall", "cpu"):
+        raise ConfigError(f"clock '{name}': give wall or cpu")
+    return "cpu" if name == "cpu" else "wall"

@@ -18,7 +18,7 @@ from transload.bench import peers
 from transload.bench.cases import MatmulCase, Operands, operands, weight_of
 from transload.bench.limits import Limits
 from transload.bench.remote import ERROR_ROWS, Environment
-from transload.bench.timing import Contender, Local, interleaved, ratio
+from transload.bench.timing import Clock, Contender, Local, interleaved, ratio
 from transload.hal import Backend, Device, Kernel, Packed, Problem, choose
 from transload.quant import QTensor
 
@@ -69,6 +69,7 @@ class Settings:
     with_peers: bool = True
     environments: tuple[Path, ...] = ()
     limits: Limits | None = None
+    clock: Clock = "wall"
 
 
 def run(backend: Backend, device: Device, cases: Sequence[MatmulCase], settings: Settings) -> Iterator[Row]:
@@ -125,11 +126,11 @@ def _placed(kernel: Kernel, packed: Packed, device: torch.device) -> Packed:
 def _one(case: MatmulCase, weights: _Weights, others: Sequence[Environment], folder: Path, settings: Settings) -> Row:
     weight, packed, chosen = weights.packed(case)
     data = operands(case, weight)
-    contenders: list[Contender] = [Local(name, _call(k, p, data)) for name, (k, p) in packed.items()]
+    contenders: list[Contender] = [Local(name, _call(k, p, data), settings.clock) for name, (k, p) in packed.items()]
     schemes = dict.fromkeys(packed, case.scheme)
     absent: dict[str, str] = {}
     if settings.with_peers:
-        found, absent = _peers(data, others, folder, settings.threads)
+        found, absent = _peers(data, others, folder, settings)
         contenders += found
         schemes |= {p.name: p.scheme for p in peers.PEERS}
     times = interleaved(contenders, settings.rounds, settings.budget)
@@ -165,16 +166,18 @@ def _call(kernel: Kernel, packed: Packed, data: Operands) -> Callable[[], torch.
 
 
 def _peers(
-    data: Operands, others: Sequence[Environment], folder: Path, threads: int
+    data: Operands, others: Sequence[Environment], folder: Path, settings: Settings
 ) -> tuple[list[Contender], dict[str, str]]:
     """Peers of this process, then what other environments add. Experts have dense peers only."""
     if data.counts is not None:
-        return [Local("torch bf16", _dense_experts(data))], {}
-    given = peers.Data(data.weight.codes, data.weight.scales.float(), data.x, data.weight.spec.group_size, threads)
+        return [Local("torch bf16", _dense_experts(data), settings.clock)], {}
+    given = peers.Data(
+        data.weight.codes, data.weight.scales.float(), data.x, data.weight.spec.group_size, settings.threads
+    )
     calls, reasons = peers.prepared(given)
-    contenders: list[Contender] = [Local(name, call) for name, call in calls.items()]
+    contenders: list[Contender] = [Local(name, call, settings.clock) for name, call in calls.items()]
     for environment in others:
-        remote, why = environment.load(given, folder)
+        remote, why = environment.load(given, folder, settings.clock)
         new = [peer for peer in remote if peer.name not in {c.name for c in contenders}]
         contenders += new
         reasons = {name: reasons[name] for name in reasons.keys() & why.keys()}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from transload.bench.peers import Data
+from transload.bench.timing import Clock
 from transload.errors import ConfigError
 
 ERROR_ROWS = 16  # rows whose error is computed
@@ -46,12 +47,12 @@ class Environment:
         self._process.terminate()
         self._process.wait()
 
-    def load(self, data: Data, folder: Path) -> tuple[list[RemotePeer], dict[str, str]]:
+    def load(self, data: Data, folder: Path, clock: Clock = "wall") -> tuple[list[RemotePeer], dict[str, str]]:
         """(contenders, reasons) for one case."""
         path = folder / "case.npz"
         np.savez(path, codes=data.codes.numpy(), scales=data.scales.numpy(), x=data.x.numpy())
         answer = self.ask({"load": str(path), "group": data.group, "threads": data.threads})
-        return [RemotePeer(name, self) for name in answer["ready"]], answer["reasons"]
+        return [RemotePeer(name, self, clock) for name in answer["ready"]], answer["reasons"]
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request and its answer. Raises ConfigError when the worker has died."""
@@ -73,13 +74,14 @@ class Environment:
 class RemotePeer:
     """One peer of another environment as a contender; it takes its own time, without the pipe's."""
 
-    def __init__(self, name: str, environment: Environment) -> None:
-        self.name = name
+    def __init__(self, name: str, environment: Environment, clock: Clock) -> None:
+        self.name, self._clock = name, clock
         self._environment = environment
 
     def seconds(self, calls: int) -> float:
-        """Wall time of that many calls, measured where they run."""
-        return float(self._environment.ask({"time": self.name, "calls": calls})["seconds"])
+        """Time of that many calls, measured where they run."""
+        request = {"time": self.name, "calls": calls, "clock": self._clock}
+        return float(self._environment.ask(request)["seconds"])
 
     def output(self) -> Tensor:
         """The first rows of the product."""
