@@ -8,14 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
-from transload.hal import Backend, Device
+from transload.hal import Backend, Device, Kernel
 from transload_cuda.backend import CudaBackend
+from transload_cuda.triton_kernel import TritonKernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class InterpretedCuda(CudaBackend):
-    """The CUDA backend's own kernels on CPU tensors; the device claims to be an H200."""
+    """The CUDA backend's Triton kernels on CPU tensors; the device claims to be of the H200's architecture."""
+
+    kernels: Sequence[Kernel] = tuple(k for k in CudaBackend.kernels if isinstance(k, TritonKernel))
 
     def unavailable(self) -> str | None:
         return None
