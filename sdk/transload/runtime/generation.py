@@ -72,7 +72,7 @@ def generate(
     if not isinstance(model, PreTrainedModel):
         model = load(model)
     tokens = tokenizer if tokenizer is not None else tokenizer_of(model)
-    ids = _encode(tokens, prompt, chat).to(model.device)
+    ids = encode(tokens, prompt, chat).to(model.device)
     settings = _settings(model, tokens, max_new_tokens, temperature, top_p)
     with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode():
         if seed is not None:
@@ -115,7 +115,7 @@ def stream(
     return piece
 
 
-def _encode(tokenizer: Any, prompt: str | Sequence[Message], chat: bool) -> Tensor:
+def encode(tokenizer: Any, prompt: str | Sequence[Message], chat: bool) -> Tensor:
     """Token ids int64 [1, T]."""
     template = getattr(tokenizer, "chat_template", None)
     if not isinstance(prompt, str) and not template:
