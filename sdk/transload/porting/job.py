@@ -51,6 +51,7 @@ class Job:
                 tensors = self._stored(output, new)
                 behind.submit(partial(self._store, writer, tensors, partial(budget.release, _cost(output))))
                 self._done += share
+                del value, new, tensors  # not kept while the next module is made
         self._write_files(writer)
 
     def compare(self, folder: Path) -> None:
@@ -128,14 +129,17 @@ class Job:
         done()
 
     def _one_of_each_kind(self) -> Iterator[tuple[Step, Output, QTensor | Tensor]]:
-        """The first module of every pair of source scheme and target scheme, made once more."""
-        seen = set()
+        """The smallest module of every pair of source scheme and target scheme, made once more.
+
+        Floats are left out: their bytes are their numbers.
+        """
+        kinds: dict[object, tuple[Step, Output]] = {}
         for step in self.plan.steps:
             output = step.outputs[0]
             kind = (step.entry.spec, output.spec, output.action)
-            if step.entry.spec is None or kind in seen:
-                continue
-            seen.add(kind)
+            if output.spec is not None and (kind not in kinds or output.nbytes < kinds[kind][1].nbytes):
+                kinds[kind] = step, output
+        for step, output in kinds.values():
             yield step, output, moved(next(values(self.source, step)), output, self.plan.options)[0]
 
     def _compare_decoded(self, found: Checkpoint, step: Step, output: Output, meant: QTensor | Tensor) -> None:

@@ -7,7 +7,7 @@ release the interpreter, so the three overlap. Errors of either thread come out 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Condition, Thread
 from typing import Generic, TypeVar
@@ -85,7 +85,6 @@ class Behind:
     def __init__(self, failed: Callable[[], None]) -> None:
         self._on_failure = failed
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="transload-writer")
-        self._last: Future[None] | None = None
         self._failed: BaseException | None = None
 
     def __enter__(self) -> Behind:
@@ -95,7 +94,7 @@ class Behind:
         """Queues a job. Raises what an earlier job raised."""
         if self._failed is not None:
             raise self._failed
-        self._last = self._pool.submit(self._guarded, job)
+        self._pool.submit(self._guarded, job)
 
     def __exit__(self, kind: object, *rest: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
