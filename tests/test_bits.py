@@ -90,3 +90,12 @@ def test_lengths() -> None:
     assert [bits.packed_len(9, width) for width in range(2, 9)] == [3, 4, 5, 6, 7, 8, 9]
     assert bits.packed_len(9, 4, torch.int32) == 2
     assert bits.packed_len(0, 4) == 0
+
+
+@given(st.sampled_from([2, 4]), st.integers(0, 9))
+def test_lanes_laid_over_each_other_come_apart_again(width: int, length: int) -> None:
+    random = torch.Generator().manual_seed(length)
+    lanes = torch.randint(1 << width, (8 // width, 3, length), generator=random, dtype=torch.uint8)
+    joined = bits.join(tuple(lanes), width)
+    assert torch.equal(joined, bits.pack(lanes.movedim(0, -1), width).squeeze(-1))
+    assert torch.equal(torch.stack(bits.split(joined, width)), lanes)

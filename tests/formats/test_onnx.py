@@ -172,6 +172,27 @@ def test_accuracy_level_4_stays_close(tmp_path: Path) -> None:
     assert float((y - exact).norm() / exact.norm()) < 0.02  # int8 activations, block by block
 
 
+def test_float_tensors_travel_along(tmp_path: Path) -> None:
+    floats = {
+        "model.norm.weight": torch.randn(8).bfloat16(),
+        "bias": torch.arange(4.0),
+        "empty": torch.ones(0, 3).half(),
+    }
+    w = random_weight(QuantSpec(4, 32), 4, 64)
+    save(tmp_path / "m.onnx", [("h.0.attn.c_proj", w)], floats.items())
+    checkpoint = transload.open(tmp_path / "m.onnx")
+    assert checkpoint.modules()["h.0.attn.c_proj"] == w.spec
+    for name, t in floats.items():
+        found = checkpoint[name]
+        assert isinstance(found, torch.Tensor)
+        assert found.dtype == t.dtype
+        assert torch.equal(found, t)
+    x = torch.randn(2, 64)
+    assert torch.allclose(
+        run(tmp_path / "m.onnx", x, "h.0.attn.c_proj.x", "h.0.attn.c_proj.y"), x @ w.dequantize().T, atol=1e-4
+    )
+
+
 def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     good, bad = random_weight(QuantSpec(4, 32), 4, 64), random_weight(QuantSpec(4, 48), 4, 96)
     path = tmp_path / "m.onnx"

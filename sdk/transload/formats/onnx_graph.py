@@ -109,8 +109,11 @@ def _user(output: str, consumers: dict[str, list[Any]]) -> tuple[Any, bool]:
 def _module_name(node: Any, weight: str) -> str:
     """A module's name from its node's: /model/layers.0/attn/q_proj/MatMulNBits is model.layers.0.self_attn.q_proj.
 
-    Exporters write paths of modules, and call attention attn. Nodes without a name have their weight's.
+    Exporters write paths of modules, and call attention attn. Nodes without a name have their weight's. A name that is
+    no path is a module's already.
     """
+    if node.name and "/" not in node.name:
+        return str(node.name)
     parts = [p for p in (node.name or weight).replace("/", ".").split(".") if p]
     while len(parts) > 1 and _ENDING.fullmatch(parts[-1]):
         parts.pop()

@@ -36,6 +36,8 @@ _TORCH = {
     "U32": torch.uint32, "U64": torch.uint64, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 
+DATA_TYPES = {_TORCH[name]: code for code, name in _NAMES.items() if name in _TORCH}  # TensorProto.DataType by dtype
+
 
 class OnnxSource:
     """One .onnx file. `graph` is its GraphProto; infos are its initializers."""

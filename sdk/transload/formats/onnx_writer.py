@@ -1,8 +1,9 @@
-"""Writes linears as an ONNX model: one MatMulNBits a module, weights in external data beside the .onnx file.
+"""Writes linears as an ONNX model: one MatMulNBits a module, tensors in external data beside the .onnx file.
 
     <module>.x float [M, K] -> MatMulNBits -> <module>.y float [M, N]
 
-The parts list of an exporter, and what onnxruntime can be checked with; it is no whole language model.
+The parts list of an exporter, and what onnxruntime can be checked with; it is no whole language model. Float tensors of
+the checkpoint travel along as initializers that no node uses.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ from torch import Tensor
 
 from transload.errors import CannotHold, OutputExists
 from transload.formats.onnx import Onnx
+from transload.formats.onnx_source import DATA_TYPES
 from transload.headers.info import shown
 from transload.quant import QTensor
 
 _ALIGN = 4096  # onnxruntime maps external data whose offset is a multiple of a page
-_TYPES = {torch.float32: 1, torch.uint8: 2, torch.int32: 6, torch.float16: 10}  # TensorProto.DataType
 
 
 def save(
-    path: str | Path, modules: Iterable[tuple[str, QTensor]], accuracy_level: int = 0, overwrite: bool = False
+    path: str | Path,
+    modules: Iterable[tuple[str, QTensor]],
+    floats: Iterable[tuple[str, Tensor]] = (),
+    accuracy_level: int = 0,
+    overwrite: bool = False,
 ) -> None:
-    """Writes a model of MatMulNBits nodes; modules are taken one at a time, so that memory holds only one.
+    """Writes a model of MatMulNBits nodes; modules and floats are taken one at a time, so that memory holds only one.
 
     accuracy_level: 0 keeps activations as they are, 4 lets onnxruntime quantize them to int8 block by block. Raises
     CannotHold naming the module, and OutputExists; nothing appears under the name before it is complete.
@@ -50,9 +55,10 @@ def save(
                 tensors = _encoded(name, w)
                 initializers += [_append(f, data.name, full, t) for full, t in tensors.items()]
                 nodes.append(_node(name, w, tensors, accuracy_level))
-                kind = _TYPES[w.spec.scale_dtype]
+                kind = DATA_TYPES[w.spec.scale_dtype]
                 inputs.append(helper.make_tensor_value_info(f"{name}.x", kind, ["M", w.k]))
                 outputs.append(helper.make_tensor_value_info(f"{name}.y", kind, ["M", w.n]))
+            initializers += [_append(f, data.name, name, t) for name, t in floats]
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         graph = helper.make_graph(nodes, "linears", inputs, outputs, initializers)
         model = helper.make_model(graph, opset_imports=opsets, producer_name="transload", ir_version=10)
@@ -92,10 +98,12 @@ def _append(f: BinaryIO, file: str, name: str, t: Tensor) -> Any:
     """Writes one tensor behind the others and returns the initializer that points to it."""
     import onnx
 
+    if t.dtype not in DATA_TYPES:
+        raise CannotHold(f"'onnx' cannot hold {shown(name)}: it has no type for {t.dtype}")
     f.write(b"\0" * (-f.tell() % _ALIGN))
     start = f.tell()
-    f.write(t.contiguous().numpy().data)
-    found = onnx.TensorProto(name=name, data_type=_TYPES[t.dtype], dims=t.shape, data_location=1)
+    f.write(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    found = onnx.TensorProto(name=name, data_type=DATA_TYPES[t.dtype], dims=t.shape, data_location=1)
     for key, value in (("location", file), ("offset", start), ("length", f.tell() - start)):
         found.external_data.add(key=key, value=str(value))
     return found
