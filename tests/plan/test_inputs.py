@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def test_a_bad_workload_names_the_field(workload: dict[str, object], words: str)
 def test_other_bad_arguments() -> None:
     for arguments, words in [
         ({"recipe": "int4-g12x"}, "nearest are"),
-        ({"recipe": "amd=int4-g128"}, "expected PLATFORM=RECIPE"),
+        ({"recipe": "amd=int4-g128"}, "expected cuda, ascend, cpu"),
         ({"engine": "vllm==9.9"}, "engine 'vllm==9.9' is not known"),
         ({"gpu_memory_utilization": 1.5}, "expected more than 0"),
         ({"tp": 0}, "tp 0"),
@@ -254,3 +255,17 @@ def test_tensors_that_nothing_explains_are_counted_and_said(tmp_path: Path) -> N
     other = plan(_folder(tmp_path, _packed, extra), "1xH100", {"context": 1024})
     assert other.ranks[0].weights_bytes - plain.ranks[0].weights_bytes == 200_000
     assert any("audio_tower.proj.weight" in w for w in other.warnings)
+
+
+@pytest.mark.skipif("TRANSLOAD_TEST_MODELS" not in os.environ, reason="TRANSLOAD_TEST_MODELS names no folder of models")
+def test_gguf_files_are_counted_to_within_their_tokenizer() -> None:
+    files = sorted(Path(os.environ["TRANSLOAD_TEST_MODELS"]).glob("*.gguf"))
+    if not files:
+        pytest.skip("no GGUF file in TRANSLOAD_TEST_MODELS")
+    for file in files:
+        answer = plan(str(file), "1xT4", {"context": 2048})
+        assert not answer.fits
+        assert "does not load" in answer.reason
+        counted, size = sum(m.size for m in answer.modules), file.stat().st_size
+        assert 0.95 * size < counted < size
+        assert set(answer.device_map().values()) == {0}

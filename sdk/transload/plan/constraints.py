@@ -119,6 +119,11 @@ def _loadable(model: Model, engine: Engine) -> Iterator[Violation]:
     if engine.platform == "cuda" and any(s.kind is Kind.INT_ACT and s.bits == 4 for s in model.schemes()):
         text = f"{engine.name} on CUDA has no int4 weights with int8 activations"
         yield Violation("format", text, ("recipe int4-g128 (W4A16)", "recipe w8a8"))
+    own = next((s for s in model.schemes() if s.kind is Kind.BLOCKS), None)
+    if own is not None:
+        text = f"{engine.name} {engine.version} does not load {own.name} (GGUF and bitsandbytes)"
+        yield Violation("format", text, ("porting it: transload port, or recipe int4-g32",))
+        return
     if engine.platform != "ascend":
         return
     for weight in model.weights():
@@ -127,7 +132,7 @@ def _loadable(model: Model, engine: Engine) -> Iterator[Violation]:
             text = f"{engine.name} has no weight-only integer linear ({scheme.name}, {weight.module.name})"
             yield Violation("format", text, ("recipe w4a8 (mixtures)", "recipe w8a8"))
             return
-        if scheme.kind in (Kind.FP8, Kind.FP4, Kind.BLOCKS):
+        if scheme.kind in (Kind.FP8, Kind.FP4):
             yield Violation(
                 "format", f"{engine.name} does not load {scheme.name} on this hardware", ("recipe w4a8 or w8a8",)
             )

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from transload.errors import ConfigError
-from transload.headers import TensorInfo, read_headers
+from transload.headers import TensorInfo, is_gguf, read_gguf_header, read_headers
+from transload.models.gguf_config import hf_config
+from transload.models.gguf_names import parts
 from transload.models.info import ModelInfo, read_model
 from transload.plan.model import Model, build_model
-from transload.plan.recipes import recipe_by_name, recipe_from_config, recipe_from_description
-from transload.plan.stored import read_stored
+from transload.plan.recipes import FLOAT_RECIPE, recipe_by_name, recipe_from_config, recipe_from_description
+from transload.plan.stored import gguf_scheme, read_stored
 
 ModelSource = Model | ModelInfo | Mapping[str, object] | str | Path
 LARGEST_CONFIG = 16 << 20
@@ -40,6 +44,8 @@ def load_model(source: ModelSource, recipe: str | None = None) -> Model:
         return _from_folder(path, recipe)
     if not path.is_file():
         raise ConfigError(f"{path}: no such folder or config file; give a checkpoint folder, a config.json or its URL")
+    if is_gguf(path):
+        return _from_gguf(path, recipe)
     name = path.parent.resolve().name if path.name == "config.json" else path.stem
     return _from_config(_json(path), str(path), name, recipe)
 
@@ -57,8 +63,34 @@ def _from_folder(path: Path, recipe: str | None) -> Model:
     headers: Mapping[str, TensorInfo] = read_headers(path)
     stored = read_stored(headers, info, _description(path))
     notes = (f"counted whole on every rank: {', '.join(stored.other)} ...",) if stored.other_bytes else ()
-    found = recipe_from_config(info.quantization)
-    return build_model(info, found, name, stored.schemes, stored.other_bytes, notes)
+    model = build_model(info, FLOAT_RECIPE, name, stored.schemes, stored.other_bytes, notes)
+    return _named_by_content(model)
+
+
+def _from_gguf(path: Path, recipe: str | None) -> Model:
+    """A GGUF file: its metadata is the config, its tensors are the headers under llama.cpp's names."""
+    header = read_gguf_header(path)
+    info = read_model(hf_config(header.metadata, header.tensors), str(path))
+    if recipe is not None:
+        return build_model(info, recipe_by_name(recipe), path.stem)
+    schemes = {}
+    for tensor in header.tensors.values():
+        for part in parts(header.metadata, tensor.name, tensor.shape):
+            name = part.name.removesuffix(".weight").replace(".experts.", ".experts.0.")
+            schemes[name] = gguf_scheme(tensor.dtype)
+    return _named_by_content(build_model(info, FLOAT_RECIPE, path.stem, schemes))
+
+
+def _named_by_content(model: Model) -> Model:
+    """The model with its recipe named after the schemes that its layers really have, the largest first."""
+    sizes: Counter[str] = Counter()
+    for kind in model.layer_kind:
+        for weight in model.kinds[kind]:
+            m = weight.module
+            if m.quantizable:
+                sizes[weight.scheme.name] += m.n * m.k * m.experts
+    name = " + ".join(name for name, _ in sizes.most_common(3))
+    return replace(model, recipe=replace(model.recipe, name=name))
 
 
 def _from_config(

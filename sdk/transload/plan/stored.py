@@ -65,6 +65,15 @@ def read_stored(headers: Mapping[str, TensorInfo], info: ModelInfo, description:
     return Stored(schemes, sum(t.nbytes for t in other), tuple(t.name for t in other[:3]))
 
 
+def gguf_scheme(dtype: str) -> Scheme:
+    """The scheme of a GGUF type. Raises FormatError for types that are not known."""
+    if dtype in _FLOATS:
+        return _FLOATS[dtype]
+    if dtype not in _GGUF:
+        raise FormatError(f"GGUF type {dtype} is not known to the planner; known are {', '.join(_GGUF)}")
+    return blocks(dtype, *_GGUF[dtype])
+
+
 def _by_module(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     out: dict[str, dict[str, TensorInfo]] = {}
     for name, tensor in headers.items():
@@ -84,8 +93,6 @@ def _scheme(name: str, t: Mapping[str, TensorInfo], description: Mapping[str, ob
         return None
     if weight.dtype in _FLOATS:
         return _FLOATS[weight.dtype]
-    if weight.dtype in _GGUF:
-        return blocks(weight.dtype, *_GGUF[weight.dtype])
     if weight.dtype.startswith("F8"):
         return _fp8(t)
     if weight.dtype == "I8":
