@@ -44,8 +44,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     if data.shape[-1] * 8 < count * bits:
         raise ValueError(f"{data.shape[-1]} bytes hold fewer than {count} codes of {bits} bits")
     if bits == 4:  # the common width, without the strided writes: a byte 0xHL becomes the pair 0x0H0L
-        pairs = data.to(torch.int16)
-        out = ((pairs | pairs << 4) & 0x0F0F).view(torch.uint8)
+        pairs = data.reshape(-1).to(torch.int16)  # flat, because a view needs strides that empty tensors may lack
+        out = ((pairs | pairs << 4) & 0x0F0F).view(torch.uint8).reshape(*data.shape[:-1], 2 * data.shape[-1])
     elif 8 % bits == 0:
         lanes, mask = 8 // bits, (1 << bits) - 1
         out = torch.empty(*data.shape[:-1], data.shape[-1] * lanes, dtype=torch.uint8, device=data.device)
