@@ -135,7 +135,6 @@ def grouped_w4a8_swiglu(
             counts.cumsum(0),
             weight_assist_matrix=[scale_bias],
             dequant_mode=0 if call.groups == 1 else 1,
-            dequant_dtype=torch.float32,
             group_list_type=_CUMULATIVE,
         )
     return q, scales

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -57,11 +58,8 @@ def environment() -> Mapping[str, str]:
     source = wheel()
     assert source is not None, missing()
     unpacked = cache_folder() / "torch_npu" / source.stem
-    if not (unpacked / "ready").exists():
-        with zipfile.ZipFile(source) as archive:
-            archive.extractall(unpacked)
-        cann.build(unpacked, Path(torch.__file__).parent, unpacked / "stubs")
-        (unpacked / "ready").touch()
+    if not unpacked.exists():
+        _unpack(source, unpacked)
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, (unpacked, ROOT / "tests" / "ascend"))),
@@ -69,6 +67,22 @@ def environment() -> Mapping[str, str]:
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "TRANSLOAD_NPU": "simulator",
     }
+
+
+def _unpack(source: Path, into: Path) -> None:
+    """Unpacks and builds beside the target and moves it there whole: another process may be doing the same."""
+    into.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=into.parent))
+    try:
+        with zipfile.ZipFile(source) as archive:
+            archive.extractall(partial)
+        cann.build(partial, Path(torch.__file__).parent, partial / "stubs")
+        partial.rename(into)
+    except OSError:
+        if not into.exists():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def run(arguments: Sequence[str], timeout: float = 600) -> subprocess.CompletedProcess[str]:
