@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from transload.bench import cases, matmul, peers, report
+from transload.bench import cases, ggml, matmul, peers, report
 from transload.bench.cli import app
 from transload.bench.remote import Environment
 from transload.bench.timing import Local, interleaved, ratio
@@ -111,3 +111,13 @@ def test_a_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report.plot(rows_of(cases.MatmulCase(64, 128, 1, 64, "w4a8")), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_symmetric_weight_is_a_q4_0_tensor_exactly() -> None:
+    """gguf's own reader gives back the numbers that were packed."""
+    gguf = pytest.importorskip("gguf")
+    case = cases.MatmulCase(4, 256, 1, 128, "w4a8")
+    weight = cases.weight_of(case)
+    blocks = ggml.q4_0(weight.codes.numpy(), weight.scales.float().numpy(), 128)
+    found = gguf.dequantize(blocks.reshape(4, -1), gguf.GGMLQuantizationType.Q4_0)
+    assert torch.equal(torch.from_numpy(found), weight.dequantize())

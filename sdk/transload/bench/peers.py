@@ -7,9 +7,11 @@ message is reported in its place.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,6 +172,14 @@ def ark(compute: str) -> Callable[[Data], Call]:
     return prepare
 
 
+def llama_cpp(d: Data) -> Call:
+    """llama.cpp's Q4_0 product with activations quantized to Q8_0: int8 per 32 values."""
+    if d.group % 32:
+        raise ValueError(f"Q4_0 has groups of 32, not {d.group}")
+    multiply = _beside("ggml").prepare(d.codes.numpy(), d.scales.numpy(), d.x.numpy(), d.group, d.threads)
+    return lambda: torch.from_numpy(multiply())
+
+
 PEERS = (
     Peer("torch bf16", "w16a16", torch_bf16),
     Peer("torch fp32", "w16a16", torch_fp32),
@@ -179,6 +189,7 @@ PEERS = (
     Peer("openvino bf16", "w4a16", openvino("bf16", False)),
     Peer("ark int8", "w4a8", ark("int8")),
     Peer("ark bf16", "w4a16", ark("bf16")),
+    Peer("llama.cpp q4_0", "w4a8", llama_cpp),
     Peer("vllm wna16", "w4a16", vllm_wna16),
     Peer("vllm w4a8", "w4a8", vllm_w4a8),
 )
@@ -201,6 +212,16 @@ def prepared(d: Data) -> tuple[dict[str, Call], dict[str, str]]:
 
 def _library(name: str) -> Any:
     return import_module(name)
+
+
+def _beside(name: str) -> Any:
+    """A file of this folder, also where this folder is no package."""
+    spec = util.spec_from_file_location(f"transload_bench_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _first_line(e: Exception) -> str:
