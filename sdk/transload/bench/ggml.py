@@ -57,7 +57,7 @@ def q4_0(codes: Bytes, scales: Floats, group: int) -> Bytes:
 
 
 def prepare(codes: Bytes, scales: Floats, x: Floats, group: int, threads: int) -> Callable[[], Floats]:
-    """The product x [M, K] @ w.T as a call that returns float32 [M, N]. Raises ModuleNotFoundError without llama_cpp."""
+    """The product x [M, K] @ w.T as a call returning float32 [M, N]. Raises ModuleNotFoundError without llama_cpp."""
     (n, k), m = codes.shape, len(x)
     call = _Library()
     weights, values = _arena(call), _arena(call)
