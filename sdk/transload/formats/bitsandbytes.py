@@ -207,8 +207,8 @@ def _decode_4bit(source: Source, entry: Entry) -> QTensor:
     data = source.read(f"{module}.weight").reshape(-1).view(torch.uint8)
     codes = bits.unpack(_swapped(data), 4, n * k).reshape(n, k)
     size = gcd(k, state.blocksize)
-    block_of_run = torch.arange(n * k // size) * size // state.blocksize
-    return QTensor(spec, codes, _absmax(source, module, state)[block_of_run].reshape(n, k // size))
+    scales = _absmax(source, module, state).repeat_interleave(state.blocksize // size)[: n * k // size]
+    return QTensor(spec, codes, scales.reshape(n, k // size))
 
 
 def _absmax(source: Source, module: str, state: _State) -> Tensor:
@@ -217,7 +217,7 @@ def _absmax(source: Source, module: str, state: _State) -> Tensor:
         return absmax
     size, offset = state.nested
     book, outer = (source.read(f"{module}.weight.{p}") for p in ("nested_quant_map", "nested_absmax"))
-    return book[absmax.long()] * outer[torch.arange(len(absmax)) // size] + offset
+    return book[absmax.int()] * outer.repeat_interleave(size)[: len(absmax)] + offset
 
 
 def _int8_entry(source: Source, module: str) -> Entry:

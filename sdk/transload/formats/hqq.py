@@ -76,14 +76,16 @@ class Hqq(Format):
         """Codes, and the scale and float zero of every group along K."""
         assert entry.spec is not None
         module, layer = entry.name, _layer(source, entry.name)
-        first = torch.arange(layer.n * layer.k // layer.run) * layer.run
-        group = first // layer.size if layer.axis == 1 else first % layer.groups
-        scales, zeros = (
-            source.read(f"{module}.{part}").reshape(-1)[group].reshape(layer.n, -1) for part in ("scale", "zero")
-        )
+        scales, zeros = (_along_k(source.read(f"{module}.{part}").reshape(-1), layer) for part in ("scale", "zero"))
         with naming(source, entry):
             codes = _unpack(source.read(f"{module}.W_q"), layer).reshape(layer.n, layer.k)
             return QTensor(entry.spec, codes, scales, zeros)
+
+
+def _along_k(side: Tensor, layer: _Layer) -> Tensor:
+    """One value a group as one value a run of K: [N, K / run]."""
+    spread = side.repeat_interleave(layer.size // layer.run) if layer.axis == 1 else side.repeat(layer.size)
+    return spread.reshape(layer.n, layer.k // layer.run)
 
 
 def _entry(source: Source, module: str) -> Entry:
