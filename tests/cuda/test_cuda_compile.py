@@ -156,7 +156,7 @@ def test_a_matmul_compiles_to_tensor_core_code_that_fits(build: Build, tmp_path:
 
 
 # Bytes a thread may spill in the large tiles: a few registers of the epilogue, outside the loop.
-STACK_ALLOWED = 64
+STACK_ALLOWED = 128
 
 
 @pytest.mark.parametrize("arch", ARCHS)
