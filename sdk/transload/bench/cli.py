@@ -63,6 +63,8 @@ def matmul(
     with console.status("") as status:
         for case, row in zip(chosen, matmul.run(backend, found, chosen, settings), strict=True):
             done.append(row)
+            if json:  # after every case, so that an interrupted run keeps what it has
+                report.write_json(done, json)
             status.update(f"{len(done)} of {len(chosen)}: {case.label} M={case.m}")
     console.print(report.table(done))
     for line in report.summary(done):
@@ -74,8 +76,6 @@ def matmul(
         console.print(f"[yellow]load average {busy:.1f} with {threads} threads: only the ratios mean anything[/]")
     if csv:
         report.write_csv(done, csv)
-    if json:
-        report.write_json(done, json)
     if plot:
         report.plot(done, plot)
 
