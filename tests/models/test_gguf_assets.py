@@ -93,7 +93,7 @@ def test_several_ends_of_generation_are_a_list(tmp_path: Path) -> None:
 
 
 def test_a_special_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"bos_token_id is 5000, but there are 320 tokens"):
+    with pytest.raises(FormatError, match=r"bos_token_id is '5000', but there are 320 tokens"):
         tokenizer_of(header(tmp_path / "m.gguf", bos=5000))
 
 

@@ -6,9 +6,10 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transload.errors import FormatError, Unsupported
+from transload.headers.info import shown
 from transload.models.gguf_config import generation_config
 
 Metadata = Mapping[str, object]
@@ -63,16 +64,17 @@ def tokenizer_of(metadata: Metadata) -> Any:
     given = {
         name: metadata[f"tokenizer.{key}"] for key, name in _FOR_CONVERSION.items() if f"tokenizer.{key}" in metadata
     }
-    tokens = given.get("tokens")
-    if not isinstance(tokens, list) or not tokens:
+    if "tokens" not in given:
         raise FormatError("metadata has no tokenizer.ggml.tokens: give a folder with a tokenizer instead")
+    _check(given)
+    tokens = cast("list[str]", given["tokens"])
     settings: dict[str, Any] = {name: _token(metadata, key, tokens) for name, key in _SPECIAL.items()}
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         settings["chat_template"] = template
     for flag in ("add_bos_token", "add_eos_token"):
         if f"tokenizer.ggml.{flag}" in metadata:
-            settings[flag] = metadata[f"tokenizer.ggml.{flag}"]
+            settings[flag] = bool(metadata[f"tokenizer.ggml.{flag}"])
     if given.get("tokenizer_type") == "llama":
         # llama.cpp begins a sentencepiece text with bos unless the file says otherwise.
         settings.setdefault("add_bos_token", True)
@@ -105,13 +107,32 @@ def _convert(architecture: str, given: dict[str, object]) -> Any:
         backend, _ = convert_gguf_tokenizer(architecture, given)
     except (ValueError, KeyError, NotImplementedError) as e:
         raise Unsupported(
-            f"tokenizer {given.get('tokenizer_type')!r} of a GGUF file of architecture {architecture!r}: transformers "
-            f"cannot build it ({e}); give a folder with a tokenizer.json"
+            f"tokenizer {shown(given.get('tokenizer_type'))} of a GGUF file of architecture {shown(architecture)}: "
+            f"transformers cannot build it ({e}); give a folder with a tokenizer.json"
         ) from e
     splits = _SPLITS.get(str(given.get("pre_tokenizer_type")))
     if splits is not None:
         backend.pre_tokenizer = _pre_tokenizer(splits)
     return backend
+
+
+def _check(given: Mapping[str, object]) -> None:
+    """transformers' conversion trusts what it is given. Raises FormatError naming the key."""
+    keys = {name: key for key, name in _FOR_CONVERSION.items()}
+    for name, kind in (("tokens", str), ("merges", str), ("token_type", int), ("scores", float)):
+        value = given.get(name, [])
+        if not isinstance(value, list) or not all(type(v) is kind for v in value):
+            raise FormatError(f"metadata tokenizer.{keys[name]} is no list of {kind.__name__}")
+    for name in ("tokenizer_type", "pre_tokenizer_type"):
+        if not isinstance(given.get(name, ""), str):
+            raise FormatError(f"metadata tokenizer.{keys[name]} is {shown(given[name])}, expected a name")
+    vocabulary = set(cast("list[str]", given["tokens"]))
+    if not vocabulary:
+        raise FormatError("metadata tokenizer.ggml.tokens is empty")
+    for merge in cast("list[str]", given.get("merges", [])):
+        left, gap, right = merge.partition(" ")
+        if not gap or left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise FormatError(f"metadata tokenizer.ggml.merges has {shown(merge)}, whose parts are no tokens")
 
 
 def _pre_tokenizer(splits: tuple[str, ...]) -> Any:
@@ -125,8 +146,10 @@ def _token(metadata: Metadata, key: str, tokens: list[str]) -> str | None:
     index = metadata.get(f"tokenizer.ggml.{key}_token_id")
     if index is None:
         return None
-    if not isinstance(index, int) or not 0 <= index < len(tokens):
-        raise FormatError(f"metadata tokenizer.ggml.{key}_token_id is {index!r}, but there are {len(tokens)} tokens")
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(tokens):
+        raise FormatError(
+            f"metadata tokenizer.ggml.{key}_token_id is {shown(index)}, but there are {len(tokens)} tokens"
+        )
     return tokens[index]
 
 

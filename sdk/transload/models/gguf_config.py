@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 from transload.errors import FormatError
 from transload.headers import TensorInfo
+from transload.headers.info import shown
 from transload.models.gguf_llama3 import llama3_scaling
 from transload.models.gguf_names import architecture_of, number
 
@@ -109,9 +111,8 @@ def hf_config(metadata: Metadata, tensors: Tensors, rope_factors: Sequence[float
     family = _family(arch, metadata)
     config: Json = {"architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu"}
     for key, name in (_COMMON | family.keys).items():
-        value = metadata.get(f"{arch}.{key}")
-        if value is not None:
-            config[name] = _short_float(value)
+        if f"{arch}.{key}" in metadata:
+            config[name] = _scalar(metadata, f"{arch}.{key}")
     missing = [key for key in _COMMON if f"{arch}.{key}" not in metadata]
     if missing:
         raise FormatError(f"metadata has no {arch}.{missing[0]}, which every model of the architecture has")
@@ -133,14 +134,19 @@ def special_ids(metadata: Metadata) -> Json:
     """bos, eos and pad token ids under transformers' names. Several ends of generation become a list."""
     ids: Json = {}
     for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-        value = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(value, int):
+        value = _token_id(metadata, key)
+        if value is not None:
             ids[name] = value
-    ends = [ids.get("eos_token_id"), *(metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))]
-    known = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
+    ends = [_token_id(metadata, key) for key in ("eos", "eot", "eom")]
+    known = list(dict.fromkeys(end for end in ends if end is not None))
     if len(known) > 1:
         ids["eos_token_id"] = known
     return ids
+
+
+def _token_id(metadata: Metadata, key: str) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None
 
 
 def _family(arch: str, metadata: Metadata) -> _Family:
@@ -165,9 +171,8 @@ def _heads(arch: str, metadata: Metadata, tensors: Tensors) -> Json:
     if arch in _WITH_MLA:
         return {"num_key_value_heads": heads} | _mla_heads(arch, metadata, tensors)
     found: Json = {"num_key_value_heads": number(metadata, "attention.head_count_kv", heads)}
-    size = number(metadata, "attention.key_length", number(metadata, "embedding_length") // heads)
-    if arch != "qwen2" and arch != "qwen2moe":
-        found["head_dim"] = size
+    if arch not in ("qwen2", "qwen2moe"):
+        found["head_dim"] = _head_size(metadata)
     return found
 
 
@@ -183,25 +188,29 @@ def _mla_heads(arch: str, metadata: Metadata, tensors: Tensors) -> Json:
 
 
 def _rope(arch: str, metadata: Metadata, config: Json) -> Json:
-    rope: Json = {"rope_theta": _short_float(metadata.get(f"{arch}.rope.freq_base", 10000.0))}
+    rope: Json = {"rope_theta": _scalar(metadata, f"{arch}.rope.freq_base", 10000.0)}
     kind, factor = metadata.get(f"{arch}.rope.scaling.type"), metadata.get(f"{arch}.rope.scaling.factor")
-    if kind in ("yarn", "linear") and isinstance(factor, float):
-        scaling: Json = {"rope_type": kind, "type": kind, "factor": factor}
+    if isinstance(kind, str) and kind in ("yarn", "linear") and isinstance(factor, float):
+        scaling: Json = {"rope_type": kind, "type": kind, "factor": _scalar(metadata, f"{arch}.rope.scaling.factor")}
         original = metadata.get(f"{arch}.rope.scaling.original_context_length")
         if isinstance(original, int):
             scaling["original_max_position_embeddings"] = original
         rope["rope_scaling"] = scaling | (_yarn_deepseek(arch, metadata) if kind == "yarn" else {})
     if arch in _PARTIAL_ROTARY:
-        heads = number(metadata, "attention.head_count")
-        size = number(metadata, "attention.key_length", number(metadata, "embedding_length") // max(heads, 1))
-        rope["partial_rotary_factor"] = number(metadata, "rope.dimension_count", size // 2) / max(size, 1)
+        size = max(_head_size(metadata), 1)
+        rope["partial_rotary_factor"] = number(metadata, "rope.dimension_count", size // 2) / size
     return rope
+
+
+def _head_size(metadata: Metadata) -> int:
+    heads = max(number(metadata, "attention.head_count"), 1)
+    return number(metadata, "attention.key_length", number(metadata, "embedding_length") // heads)
 
 
 def _yarn_deepseek(arch: str, metadata: Metadata) -> Json:
     """DeepSeek's two mscale values are equal; llama.cpp keeps a tenth of them as the log multiplier."""
     multiplier = metadata.get(f"{arch}.rope.scaling.yarn_log_multiplier")
-    if not isinstance(multiplier, float):
+    if not isinstance(multiplier, float) or not isfinite(multiplier):
         return {}
     mscale = _short_float(multiplier * 10)
     return {"mscale": mscale, "mscale_all_dim": mscale, "beta_fast": 32, "beta_slow": 1}
@@ -226,10 +235,16 @@ def _vocabulary(metadata: Metadata, tensors: Tensors) -> int:
     return number(metadata, "vocab_size")
 
 
-def _short_float(value: object) -> object:
+def _scalar(metadata: Metadata, key: str, default: float | None = None) -> bool | int | float:
+    """A number of the metadata, floats as `_short_float`. Raises FormatError for anything else."""
+    value = metadata.get(key, default)
+    if not isinstance(value, (bool, int, float)) or not isfinite(value) or abs(value) >= 1 << 62:
+        raise FormatError(f"metadata {key} is {shown(value)}, expected a number")
+    return _short_float(value) if isinstance(value, float) else value
+
+
+def _short_float(value: float) -> float:
     """A float32 as the shortest decimal that means it: 9.999999974752427e-07 is 1e-06."""
-    if not isinstance(value, float) or value != value or value in (float("inf"), float("-inf")):
-        return value
     for digits in range(1, 18):
         short = float(f"{value:.{digits}g}")
         if abs(short - value) <= abs(value) * 2.0**-25:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import pi
+from math import isfinite, pi
 
-from transload.errors import Unsupported
+from transload.errors import FormatError, Unsupported
 
 # Every Llama 3.1, 3.2 and 3.3 has these; only the factor differs (8 or 32), and the largest stored one is it.
 _LOW, _HIGH, _CONTEXT = 1.0, 4.0, 8192
@@ -16,6 +16,8 @@ def llama3_scaling(factors: Sequence[float], theta: object) -> dict[str, object]
 
     Raises Unsupported for factors that Llama 3's rule does not give.
     """
+    if not all(isfinite(f) and 0 < f < 1e6 for f in factors):
+        raise FormatError("rope_freqs.weight holds factors that stretch no rotary frequency: expected 1 to 64 or so")
     largest = max(factors)
     if largest == 1 and min(factors) == 1:
         return {}

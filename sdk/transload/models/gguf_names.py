@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transload.errors import FormatError, Unsupported
+from transload.headers.info import shown
 
 Metadata = Mapping[str, object]
 
@@ -132,9 +133,9 @@ _NOT_WEIGHTS = {"rope_freqs", "attn_rot_embd"}  # factors that a config says in 
 def architecture_of(metadata: Metadata) -> str:
     """The architecture that a GGUF file states. Raises Unsupported when its names are not known here."""
     name = metadata.get("general.architecture")
-    if name not in _LAYERS:
-        raise Unsupported(f"GGUF architecture {name!r}: known ones are {', '.join(ARCHITECTURES)}")
-    return str(name)
+    if not isinstance(name, str) or name not in _LAYERS:
+        raise Unsupported(f"GGUF architecture {shown(name)}: known ones are {', '.join(ARCHITECTURES)}")
+    return name
 
 
 def parts(metadata: Metadata, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
@@ -162,15 +163,15 @@ def parts(metadata: Metadata, name: str, shape: tuple[int, ...]) -> tuple[Part, 
             heads = _interleaved_heads(metadata, arch, stem)
             column = stem == "ffn_gate_inp_shexp" and len(shape) == 1
             return (Part(f"{prefix}{_LAYERS[arch][stem]}.{suffix}", heads=heads, column=column),)
-    raise FormatError(f"tensor {name!r} does not belong to GGUF architecture {arch!r}")
+    raise FormatError(f"tensor {shown(name)} does not belong to GGUF architecture '{arch}'")
 
 
 def number(metadata: Metadata, key: str, default: int | None = None) -> int:
     """The integer `<architecture>.<key>` of the metadata. Raises FormatError when it is missing or no integer."""
     full = f"{metadata.get('general.architecture')}.{key}"
     value = metadata.get(full, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise FormatError(f"metadata {full} is {value!r}, expected a whole number")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
+        raise FormatError(f"metadata {full} is {shown(value)}, expected a whole number below 2**31")
     return value
 
 
