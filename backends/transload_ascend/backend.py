@@ -12,13 +12,23 @@ from transload_ascend.experts import GroupedW4A8, GroupedW4A16, GroupedW8A8
 from transload_ascend.w4a8 import W4A8
 from transload_ascend.w4a16 import W4A16, W4A16NZ
 from transload_ascend.w8a8 import W8A8
+from transload_ascend.wide import W4A16Wide
 
 
 class AscendBackend:
     """Huawei Ascend NPUs through torch_npu and CANN."""
 
     name = "ascend"
-    kernels: Sequence[Kernel] = (W4A8(), W4A16(), W4A16NZ(), W8A8(), GroupedW4A8(), GroupedW4A16(), GroupedW8A8())
+    kernels: Sequence[Kernel] = (
+        W4A8(),
+        W4A16(),
+        W4A16NZ(),
+        W4A16Wide(),
+        W8A8(),
+        GroupedW4A8(),
+        GroupedW4A16(),
+        GroupedW8A8(),
+    )
     # vllm-ascend 0.23 loads msModelSlim's own folders and some compressed-tensors schemes; no AWQ and no GPTQ.
     serving = Serving(
         engine="vllm-ascend",

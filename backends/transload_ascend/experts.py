@@ -12,6 +12,7 @@ from transload.errors import Unsupported
 from transload.hal import Device, Kernel, Packed, Problem
 from transload.quant import Grid, QTensor, Zero
 from transload_ascend import grouped_ops, layouts, ops
+from transload_ascend.casts import cast
 from transload_ascend.limits import Limit, grouped, objection
 from transload_ascend.products import Product, product_of
 from transload_ascend.w4a8 import int8_objection
@@ -208,7 +209,7 @@ class GroupedW4A16(Grouped):
 
     def _rows(self, x: Tensor, w: Packed, counts: Tensor) -> Tensor:
         t = w.tensors
-        return grouped_ops.grouped_w4a16(x, t["weight"], t["scale"].to(x.dtype), t["offset"].to(x.dtype), counts)
+        return grouped_ops.grouped_w4a16(x, t["weight"], cast(t["scale"], x.dtype), cast(t["offset"], x.dtype), counts)
 
 
 class GroupedW8A8(Grouped):
@@ -257,7 +258,7 @@ class GroupedW8A8(Grouped):
             # The operator takes bfloat16 scales only beside bfloat16 output; these would be rounded.
             sums = grouped_ops.grouped_int8_sums(q, weight, counts)
             return (sums * scale[_expert_of_rows(counts, x)] * token_scale.unsqueeze(-1)).to(x.dtype)
-        return grouped_ops.grouped_w8a8(q, weight, scale.to(_scale_dtype(x.dtype)), token_scale, counts, x.dtype)
+        return grouped_ops.grouped_w8a8(q, weight, cast(scale, _scale_dtype(x.dtype)), token_scale, counts, x.dtype)
 
 
 def _scale_dtype(output: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ from transload.errors import Unsupported
 from transload.hal import Device, Kernel, Packed, Problem
 from transload.quant import Grid, QTensor, Zero
 from transload_ascend import layouts, ops
+from transload_ascend.casts import cast
 from transload_ascend.limits import objection, tensors, weight_quant
 from transload_ascend.products import product_of
 
@@ -82,8 +83,8 @@ class W4A16(Kernel):
         return ops.weight_quant_matmul(
             rows,
             weight.T if per_channel else weight,
-            t["scale"].to(x.dtype),
-            offset=t["offset"].to(x.dtype) if "offset" in t else None,
+            cast(t["scale"], x.dtype),
+            offset=cast(t["offset"], x.dtype) if "offset" in t else None,
             bias=None
             if bias is None
             else bias.to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype).contiguous(),

@@ -30,5 +30,7 @@ def test_every_limit_and_kernel_that_the_page_names_exists() -> None:
         assert f"`{name}`" in PAGE
     from transload_ascend import backend
 
-    assert {kernel.name for kernel in backend.kernels} == set(re.findall(r"ascend-[\w-]*[aw]\d\w*(?:-nz)?", PAGE))
+    assert {kernel.name for kernel in backend.kernels} == set(
+        re.findall(r"\bascend-[\w-]*[aw]\d\w*(?:-nz|-wide)?", PAGE)
+    )
     assert len(re.findall(r"^\| \d+ \|", PAGE, re.M)) == 22

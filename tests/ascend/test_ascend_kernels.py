@@ -12,6 +12,7 @@ from transload.hal import Device, Problem, choose
 from transload.quant import PER_CHANNEL, ActSpec, Grid, QTensor, QuantSpec, Zero
 from transload.testing import CASES, Case, run_case
 from transload_ascend import backend
+from transload_ascend.casts import Casts
 from transload_ascend.w4a16 import W4A16
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -30,6 +31,7 @@ def _problem(spec: QuantSpec, n: int = 192, k: int = 512, x: torch.dtype = BF16,
     return Problem(n, k, spec, x, None, experts)
 
 
+ASYM = QuantSpec(4, 32, zero=Zero.CODES)
 G128, G256, CHANNEL = QuantSpec(4, 128), QuantSpec(4, 256), QuantSpec(4, PER_CHANNEL)
 W4A8_256 = QuantSpec(4, 256, scale_dtype=BF16, act=TOKEN)
 W8A8 = QuantSpec(8, PER_CHANNEL, act=TOKEN)
@@ -39,6 +41,8 @@ CHOSEN = [
     (_problem(CHANNEL), "ascend-w4a16"),
     (_problem(replace(G128, zero=Zero.CODES)), "ascend-w4a16"),
     (_problem(replace(G128, act_order=True)), "ascend-w4a16"),
+    (_problem(G128, n=151936), "ascend-w4a16-wide"),
+    (_problem(replace(CHANNEL, act_order=True), n=65536), "ascend-w4a16-wide"),
     (_problem(W4A8_256), "ascend-w4a8"),
     (_problem(W8A8), "ascend-w8a8"),
     (_problem(replace(CHANNEL, act=TOKEN), experts=4), "ascend-grouped-w4a8"),
@@ -72,6 +76,8 @@ REFUSED = [
     ("ascend-w4a16", _problem(QuantSpec(4, 64, Grid.NF4, Zero.NONE)), "not 4-bit nf4"),
     ("ascend-w4a16", _problem(G128, n=100), "a multiple of 8; found n=100"),
     ("ascend-w4a16", _problem(G128, n=151936), "K and N are at most 65535; found k=512, n=151936"),
+    ("ascend-w4a16-wide", _problem(G128), "layers of more than 65535 outputs only"),
+    ("ascend-w4a16-wide", _problem(G128, n=70001), "a multiple of 8"),
     ("ascend-w4a16-nz", _problem(G256), "groups of 64 or 128 (others fail with EZ1001"),
     ("ascend-w4a16-nz", _problem(G128, n=200), "N of a FRACTAL_NZ weight per group is a multiple of 64"),
     ("ascend-w4a16-nz", _problem(CHANNEL, n=200), "rows are a multiple of 16"),
@@ -127,7 +133,31 @@ def test_packing_loses_nothing(kernel: object, case: Case) -> None:
 
 
 def test_packing_has_cases_for_every_kernel() -> None:
-    assert {kernel.name for kernel, _ in TAKEN} >= set(KERNELS) - {"ascend-w4a8", "ascend-grouped-w4a8"}
+    assert {kernel.name for kernel, _ in TAKEN} >= set(KERNELS) - {
+        "ascend-w4a8",
+        "ascend-w4a16-wide",
+        "ascend-grouped-w4a8",
+    }
+
+
+@pytest.mark.parametrize("spec", [replace(ASYM, act_order=True), CHANNEL], ids=["asym-order", "channel"])
+def test_a_wide_head_is_packed_in_parts_and_comes_back(spec: QuantSpec) -> None:
+    case = Case(spec, m=1, n=65600, k=64, x_dtype=BF16)
+    result = run_case(backend, A2, KERNELS["ascend-w4a16-wide"], case, layout_only=True)
+    assert result.passed, result.failed
+    packed = KERNELS["ascend-w4a16-wide"].pack(case.operands().weight).tensors
+    assert {name for name in packed if name.startswith("weight")} == {"weight_0", "weight_1"}
+
+
+def test_a_cast_scale_is_made_once_and_forgotten_with_its_source() -> None:
+    cast, scales = Casts(), torch.rand(4)
+    made = cast(scales, BF16)
+    assert cast(scales, BF16) is made
+    assert cast(made, BF16) is made
+    assert cast(scales, FP16).dtype == FP16
+    key = id(scales)
+    del scales
+    assert key not in cast._made
 
 
 def test_act_order_with_groups_of_unequal_sizes_is_refused_when_packing() -> None:

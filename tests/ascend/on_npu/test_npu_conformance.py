@@ -39,6 +39,8 @@ def _groups_and_shapes() -> Iterator[Case]:
         for scale in (BF16, FP16):
             for m, n, k in ((1, 64, 256), (17, 72, 512), (64, 128, 1024)):
                 yield Case(QuantSpec(4, 256, scale_dtype=scale, act=TOKEN), m=m, n=n, k=k, x_dtype=dtype)
+        for zero in (Zero.MIDPOINT, Zero.CODES):
+            yield Case(QuantSpec(4, 32, zero=zero, scale_dtype=dtype), m=3, n=65600, k=64, x_dtype=dtype, bias=True)
         for counts in ((3, 0, 6), (0, 9), (1,) * 9):
             for group in (256, PER_CHANNEL):
                 spec = QuantSpec(4, group, scale_dtype=FP16, act=TOKEN)
@@ -53,6 +55,7 @@ AT_LEAST = {
     "ascend-w4a8": 14,
     "ascend-w4a16": 120,
     "ascend-w4a16-nz": 26,
+    "ascend-w4a16-wide": 4,
     "ascend-w8a8": 38,
     "ascend-grouped-w4a8": 12,
     "ascend-grouped-w4a16": 35,
