@@ -43,6 +43,20 @@ def multiply(
     counts: int64 [E] on x's device, rows of each expert, or None. Rows of x beyond their sum give zeros. The caller has
     checked the operands. config: for tuning; by default `configs.find` decides.
     """
+    # Triton launches on the current GPU, wherever the operands are.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        return _multiply(x, tensors, spec, n, bias, counts, config)
+
+
+def _multiply(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    spec: QuantSpec,
+    n: int,
+    bias: Tensor | None,
+    counts: Tensor | None,
+    config: Config | None,
+) -> Tensor:
     m, k = x.shape
     if m == 0:
         return x.new_empty(0, n)
