@@ -7,7 +7,6 @@ serialized model and are freed by ONNX Runtime once it has made its own packed c
 from __future__ import annotations
 
 import ctypes
-import threading
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from transload_cpu.onnx_layout import Layout
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: 4 quantizes x to int8 per block, 0 computes in x's own float32
 FLOAT = 1  # onnx.TensorProto.FLOAT
 UINT8 = 2  # onnx.TensorProto.UINT8
+MOST_THREADS = 8  # of one session
 OPSET, IR_VERSION = 21, 10  # of ONNX 1.16, which every supported ONNX Runtime reads
 
 
@@ -27,14 +27,9 @@ class Session:
     """y = x @ w.T for one Layout. Threads may share it: nothing is kept between calls."""
 
     def __init__(self, layout: Layout, int8_activations: bool) -> None:
-        ort = runtime()
-        options = ort.SessionOptions()
-        options.use_per_session_threads = False
-        options.enable_cpu_mem_arena = False  # the arena grows by powers of two; torch owns x and y anyway
-        try:
-            session = ort.InferenceSession(_model(layout, int8_activations), options, ["CPUExecutionProvider"])
-        except Exception as e:
-            raise BackendError(f"onnxruntime {ort.__version__} refused a MatMulNBits session: {e}") from e
+        session = _open(_model(layout, int8_activations))
+        import onnxruntime as ort
+
         # The public wrappers look the device up and check for WebGPU on every call, 6 us of 14; decoding makes hundreds
         # of calls a token, so the session below them is called directly.
         self._session = session._sess
@@ -58,9 +53,6 @@ class Session:
         return y
 
 
-_start = threading.Lock()
-
-
 def return_freed_memory() -> None:
     """Gives what malloc holds free back to the system, where the C library has such a call (glibc).
 
@@ -80,21 +72,37 @@ def _malloc_trim() -> Any:
         return None
 
 
-@cache
-def runtime() -> Any:
-    """The onnxruntime module with one thread pool for all sessions, as large as torch's.
+def _open(model: bytes) -> Any:
+    """An InferenceSession with threads of its own, or in the pool that the application has made for all sessions.
 
-    The pool cannot change its size later. Raises ImportError without onnxruntime, BackendError for one without a pool.
+    A pool for all sessions is the application's to make (onnxruntime.set_global_thread_pool_sizes): once there is one,
+    every session of the process that does not name it fails. Own threads sleep between calls instead of spinning,
+    because hundreds of sessions take turns; and there are at most MOST_THREADS, because each keeps them.
     """
     import onnxruntime as ort
 
-    with _start:
+    threads = min(torch.get_num_threads(), MOST_THREADS)
+    try:
         try:
-            ort.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
-        except Exception as e:
-            if "already been created" not in str(e):  # somebody in this process chose the size before: theirs holds
-                raise BackendError(f"onnxruntime {ort.__version__} has no global thread pool: {e}") from e
-    return ort
+            return ort.InferenceSession(model, _options(ort, threads), ["CPUExecutionProvider"], enable_fallback=0)
+        except RuntimeError as e:
+            if "global thread pool" not in str(e):
+                raise
+        return ort.InferenceSession(model, _options(ort, None), ["CPUExecutionProvider"], enable_fallback=0)
+    except Exception as e:
+        raise BackendError(f"onnxruntime {ort.__version__} refused a MatMulNBits session: {e}") from e
+
+
+def _options(ort: Any, threads: int | None) -> Any:
+    """Session options with `threads` own threads; None for the application's pool."""
+    options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = False  # the arena grows by powers of two; torch owns x and y anyway
+    if threads is None:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def _model(layout: Layout, int8_activations: bool) -> bytes:
