@@ -20,6 +20,7 @@ _HOMES = {
     "inspect": "transload.inspection",
     "load": "transload.runtime",
     "open": "transload.checkpoint",
+    "plan": "transload.plan.planner",
     "port": "transload.porting",
     "verify": "transload.porting",
 }
