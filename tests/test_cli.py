@@ -45,7 +45,7 @@ def test_help_lists_every_command_and_imports_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for command in ("devices", "inspect", "port", "verify", "run", "plan"):
+    for command in ("devices", "inspect", "port", "verify", "run", "plan", "bench"):
         assert command in result.stdout
 
 
