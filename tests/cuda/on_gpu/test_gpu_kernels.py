@@ -21,6 +21,7 @@ from transload_cuda.triton_kernel import TritonA8, TritonA16, TritonKernel
 
 SYM = QuantSpec(4, 64)
 A16, A8 = TritonA16(), TritonA8()
+TF32 = 1e-5  # float32 x loses 13 bits in a tensor core: a mean square of 3e-7, and more where terms cancel
 
 
 def kernel_for(spec: QuantSpec) -> TritonKernel:
@@ -57,7 +58,7 @@ def test_any_tiles_and_splits_give_the_same_product(spec: QuantSpec) -> None:
     assert data.bias is not None
     for config in (Config(16, 64, 32, splits=3), Config(32, 16, 32, splits=1)):
         y = launch.multiply(data.x.to(GPU.at), packed.tensors, spec, 40, data.bias.to(GPU.at), None, config)
-        assert nmse(y.cpu(), truth) < (1e-9 if spec.act else 1e-6)
+        assert nmse(y.cpu(), truth) < (1e-9 if spec.act else TF32)
 
 
 def test_rows_that_belong_to_no_expert_give_zeros() -> None:
@@ -66,7 +67,7 @@ def test_rows_that_belong_to_no_expert_give_zeros() -> None:
     counts = torch.tensor([2, 0, 1], device=GPU.at)
     y = A16.grouped_matmul(data.x.to(GPU.at), packed, counts).cpu()
     assert y[3:].count_nonzero() == 0
-    assert nmse(y[:3], reference.grouped_matmul(data.x[:3], data.weight, counts.cpu())) < 1e-6
+    assert nmse(y[:3], reference.grouped_matmul(data.x[:3], data.weight, counts.cpu())) < TF32
 
 
 def test_counts_beyond_the_rows_of_x_write_nothing_outside() -> None:
@@ -102,7 +103,7 @@ def test_strided_rows_are_read_in_place_and_strided_columns_are_copied() -> None
     across[:, 2:6] = data.x.T
     for x in (wide.to(GPU.at)[:, 40:296], across.to(GPU.at)[:, 2:6].T, data.x[:1].to(GPU.at).expand(4, 256)):
         wanted = truth if x.stride(0) else truth[:1].expand(4, 24)
-        assert nmse(A16.matmul(x, packed).cpu(), wanted) < 1e-6
+        assert nmse(A16.matmul(x, packed).cpu(), wanted) < TF32
 
 
 @pytest.mark.parametrize(
