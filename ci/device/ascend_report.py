@@ -80,7 +80,17 @@ def main(path: Path) -> int:
     return 0 if passed else 1
 
 
+def _missing() -> str | None:
+    """Why the tests cannot run on a device here."""
+    from transload_ascend import backend
+
+    return backend.unavailable() if os.environ.get("TRANSLOAD_NPU") == "device" else None
+
+
 if __name__ == "__main__":
+    reason = _missing()
+    if reason is not None:
+        raise SystemExit(f"{reason}\nwithout an NPU: TRANSLOAD_NPU=simulator ci/device/ascend.sh")
     code = main(Path(sys.argv[1] if len(sys.argv) > 1 else "ascend-report.md"))
     sys.stdout.flush()
     os._exit(code)  # without the interpreter's shutdown, which the stub libraries of a dry run are not made for

@@ -4,8 +4,9 @@ Several of these are checked by nothing in torch_npu before the device fails ("E
 garbage. A limit looks at a *call*: a small dataclass of shapes, dtypes and flags. The operators' wrappers (`ops`) make
 one from tensors, the kernels' `refuses` makes one from a problem, so that both say the same sentence.
 
-Sources, all of github Ascend/op-plugin 517f2e7d: "OPDOC x" is docs/zh/custom_APIs/torch_npu/torch_npu-x.md, "META x" is
-op_plugin/python/meta/_meta_registrations.py, "OPSRC x" is op_plugin/ops/opapi/x, "OPTEST x" is test/test_custom_ops/x.
+Sources, all of github Ascend/op-plugin 517f2e7d: "OPDOC x" is docs/zh/custom_APIs/torch_npu/torch_npu-x.md (some names
+begin with "(beta)"), "META x" is op_plugin/python/meta/_meta_registrations.py, "OPSRC x" is op_plugin/ops/opapi/x,
+"OPTEST x" is test/test_custom_ops/x.
 "PTA x" is github Ascend/pytorch 9e73e708, "VA x" vllm-ascend 182b75ea, "VA023 x" its release 0.23.0, "issue n" is
 vllm-project/vllm-ascend n.
 """
