@@ -15,6 +15,7 @@ from memory_source import MemorySource, decoded, golden, only, random_weight, wr
 
 from transload.errors import FormatError, Unsupported
 from transload.formats.compressed_tensors import BITS, CompressedTensors
+from transload.formats.gptq import GptqV2
 from transload.quant import ActSpec, Grid, QuantSpec, Zero
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -89,6 +90,42 @@ def test_any_shape_group_and_zero_point_round_trips(b: int, data: st.DataObject)
     made = QuantSpec(b, group, zero=zero, scale_dtype=dtype, act=ActSpec() if act else None)
     w = random_weight(made, n, k, k)
     assert only(CT, written(CT, {MODULE: w}))[1].equal(w)
+
+
+@pytest.mark.parametrize("zero", [Zero.MIDPOINT, Zero.CODES])
+@pytest.mark.parametrize("b", BITS)
+def test_words_that_stay_packed_make_the_same_bytes(b: int, zero: Zero) -> None:
+    w = random_weight(spec(b, 32, zero), 24, 96)
+    source = written(CT, {MODULE: w})
+    (entry,) = CT.entries(source).values()
+    rows = CT.packed(source, entry)
+    assert rows is not None
+    assert rows.unpacked().equal(w)
+    again = CT.encode_packed(MODULE, rows)
+    assert again is not None
+    assert again.keys() == source.tensors.keys()
+    assert all(torch.equal(t, source.tensors[name]) for name, t in again.items())
+
+
+def test_gptqs_words_are_ours_transposed() -> None:
+    w = random_weight(QuantSpec(4, 32, zero=Zero.CODES, scale_dtype=torch.float16), 24, 96)
+    source = written(GptqV2(), {MODULE: w})
+    (entry,) = GptqV2().entries(source).values()
+    rows = GptqV2().packed(source, entry)
+    assert rows is not None
+    made = CT.encode_packed(MODULE, rows)
+    assert made is not None
+    assert all(torch.equal(t, made[name]) for name, t in CT.encode(MODULE, w).items())
+    assert torch.equal(made[f"{MODULE}.weight_packed"], source.tensors[f"{MODULE}.qweight"].T)
+
+
+@pytest.mark.parametrize("made", [spec(8, -1, act=True), QuantSpec(8, -1, Grid.E4M3, Zero.NONE)], ids=str)
+def test_codes_in_bytes_have_no_words(made: QuantSpec) -> None:
+    w = random_weight(made, 8, 32)
+    w.codes[w.codes == 127] = 0
+    source = written(CT, {MODULE: w})
+    (entry,) = CT.entries(source).values()
+    assert CT.packed(source, entry) is None
 
 
 def test_mixed_schemes_become_config_groups_that_read_back() -> None:

@@ -200,3 +200,26 @@ def test_a_folder_on_disk_opens(tmp_path: Path) -> None:
 def test_three_bit_streams_cross_words() -> None:
     words = torch.tensor([[-1, 0, 1]], dtype=torch.int32)
     assert bits.unpack(words, 3, 32)[0].tolist()[:12] == [7] * 10 + [3, 0]
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("zero", [Zero.MIDPOINT, Zero.CODES])
+@pytest.mark.parametrize("b", [2, 4, 8])
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_words_that_stay_packed_make_the_same_bytes(fmt: Gptq, b: int, zero: Zero, order: bool) -> None:
+    w = random_weight(spec(b, 32, zero, order), 24, 96)
+    source = written(fmt, {MODULE: w})
+    (entry,) = fmt.entries(source).values()
+    rows = fmt.packed(source, entry)
+    assert rows is not None
+    assert rows.unpacked().equal(w)
+    again = fmt.encode_packed(MODULE, rows)
+    assert again is not None
+    assert again.keys() == source.tensors.keys()
+    assert all(torch.equal(t, source.tensors[name]) for name, t in again.items())
+
+
+def test_rows_that_do_not_fill_their_words_are_unpacked() -> None:
+    source = written(Gptq(), {MODULE: random_weight(spec(4, 20), 8, 60)})
+    (entry,) = Gptq().entries(source).values()
+    assert Gptq().packed(source, entry) is None

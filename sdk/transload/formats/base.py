@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from transload.errors import CannotHold, FormatError
+from transload.formats.packed import PackedRows
 from transload.headers import TensorInfo
 from transload.quant import QTensor, QuantSpec
 
@@ -91,6 +92,14 @@ class Format(ABC):
         whole = self.read(source, entry) if entry.spec is None else self.decode(source, entry)
         for e in range(entry.shape[0]):
             yield whole.expert(e) if isinstance(whole, QTensor) else whole[e].contiguous()
+
+    def packed(self, source: Source, entry: Entry) -> PackedRows | None:
+        """The entry with its codes still in words, None where the format packs otherwise. Optional: it saves time."""
+        return None
+
+    def encode_packed(self, name: str, rows: PackedRows) -> dict[str, Tensor] | None:
+        """What `encode` makes of the same weight, without unpacking; None where the format packs otherwise."""
+        return None
 
     def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
         """None when `encode` can write such a weight exactly; otherwise the reason, a sentence."""

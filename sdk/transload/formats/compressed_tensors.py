@@ -27,9 +27,10 @@ from transload import bits
 from transload.errors import FormatError
 from transload.formats import mx, stored
 from transload.formats.base import Entry, Format, Json, Source, naming
-from transload.formats.compressed_tensors_config import INT as INT_QUANTIZED
 from transload.formats.compressed_tensors_config import METHOD, Groups, Scheme, config_of, layout_of
+from transload.formats.compressed_tensors_config import PACK as PACK_QUANTIZED
 from transload.formats.limits import divided, integer_limits, positional, shape_limits
+from transload.formats.packed import PackedRows
 from transload.headers import TensorInfo
 from transload.headers.info import shown
 from transload.quant import PER_CHANNEL, Grid, QTensor, QuantSpec, Zero
@@ -84,6 +85,24 @@ class CompressedTensors(Format):
             g_idx = source.read(f"{module}.weight_g_idx") if spec.act_order else None
             return QTensor(spec, codes, scales, zeros, g_idx=g_idx)
 
+    def packed(self, source: Source, entry: Entry) -> PackedRows | None:
+        """The words of weight_packed; not for codes in bytes, floats, or words that whole codes do not fill."""
+        assert entry.spec is not None
+        module, spec, k = entry.name, entry.spec, entry.shape[1]
+        info = source.infos.get(f"{module}.weight_packed")
+        if info is None or spec.grid is not Grid.INT or not PackedRows.possible(spec, k):
+            return None
+        with naming(source, entry):
+            _check_shape(source, module, entry.shape)
+            scales = _spread(source, module, source.read(f"{module}.weight_scale"), entry.shape[0], spec.groups(k))
+            zeros = _packed_zeros(source, module, spec, entry.shape[0], False) if spec.zero is Zero.CODES else None
+            g_idx = source.read(f"{module}.weight_g_idx") if spec.act_order else None
+            return PackedRows(spec, source.read(info.name), k, scales, zeros, g_idx)
+
+    def encode_packed(self, name: str, rows: PackedRows) -> dict[str, Tensor] | None:
+        """The same words."""
+        return self._packed_tensors(name, rows) if layout_of(rows.spec) == PACK_QUANTIZED else None
+
     def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
         """2, 4 or 8 bits with integer zero points, and FP8 per channel; scales of any float dtype."""
         if spec.grid is Grid.E4M3:
@@ -100,20 +119,26 @@ class CompressedTensors(Format):
 
     def encode(self, name: str, w: QTensor) -> dict[str, Tensor]:
         """The tensors drawn at the top of this file."""
-        parts: dict[str, Tensor] = {"weight_scale": w.scales.contiguous()}
+        if layout_of(w.spec) == PACK_QUANTIZED:
+            words = bits.pack(w.codes, w.spec.bits, torch.int32)
+            return self._packed_tensors(name, PackedRows(w.spec, words, w.k, w.scales, w.zeros, w.g_idx))
+        tensors = {f"{name}.weight_scale": w.scales.contiguous()}
         if w.spec.grid is Grid.E4M3:
-            parts["weight"] = w.codes.view(torch.float8_e4m3fn)
-        elif layout_of(w.spec) == INT_QUANTIZED:
-            parts["weight"] = _signed(w.codes, w.spec)
-            if w.zeros is not None:
-                parts["weight_zero_point"] = _signed(w.zeros, w.spec)
-        else:
-            parts["weight_packed"] = bits.pack(w.codes, w.spec.bits, torch.int32)
-            parts["weight_shape"] = torch.tensor([w.n, w.k], dtype=torch.int64)
-            if w.zeros is not None:
-                packed = bits.pack(w.zeros.T.contiguous(), w.spec.bits, torch.int32)
-                parts["weight_zero_point"] = packed.T.contiguous()
-        return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            return tensors | {f"{name}.weight": w.codes.view(torch.float8_e4m3fn)}
+        if w.zeros is not None:
+            tensors[f"{name}.weight_zero_point"] = _signed(w.zeros, w.spec)
+        return tensors | {f"{name}.weight": _signed(w.codes, w.spec)}
+
+    def _packed_tensors(self, name: str, rows: PackedRows) -> dict[str, Tensor]:
+        tensors = {
+            f"{name}.weight_scale": rows.scales.contiguous(),
+            f"{name}.weight_packed": rows.words.contiguous(),
+            f"{name}.weight_shape": torch.tensor([rows.words.shape[0], rows.k], dtype=torch.int64),
+        }
+        if rows.zeros is not None:
+            packed = bits.pack(rows.zeros.T.contiguous(), rows.spec.bits, torch.int32)
+            tensors[f"{name}.weight_zero_point"] = packed.T.contiguous()
+        return tensors
 
     def finish(self, specs: Mapping[str, QuantSpec], floats: Mapping[str, tuple[int, ...]]) -> dict[str, Json]:
         """One config group per scheme: the commonest for the class Linear, the others by expressions."""

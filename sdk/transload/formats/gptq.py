@@ -24,6 +24,7 @@ from transload.formats import stored
 from transload.formats.base import Entry, Format, Json, Source, naming
 from transload.formats.gptq_config import BITS, Schemes, config_of, is_gptq, version
 from transload.formats.limits import integer_limits, weights_only
+from transload.formats.packed import PackedRows
 from transload.headers.info import shown
 from transload.quant import PER_CHANNEL, QTensor, QuantSpec, Zero
 
@@ -49,6 +50,16 @@ class Gptq(Format):
         """Codes, scales and zero points, unpacked."""
         return gptq_decode(source, entry, self.offset)
 
+    def packed(self, source: Source, entry: Entry) -> PackedRows | None:
+        """The words of qweight, transposed."""
+        assert entry.spec is not None
+        possible = PackedRows.possible(entry.spec, entry.shape[1])
+        return gptq_rows(source, entry, self.offset) if possible else None
+
+    def encode_packed(self, name: str, rows: PackedRows) -> dict[str, Tensor] | None:
+        """The same words, transposed."""
+        return self._tensors(name, rows)
+
     def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
         """2, 3, 4 or 8 bits, integer zero points, 16-bit scales and activations; any shape."""
         dtypes = (torch.float16, torch.bfloat16)
@@ -56,15 +67,20 @@ class Gptq(Format):
 
     def encode(self, name: str, w: QTensor) -> dict[str, Tensor]:
         """qweight, qzeros, scales and g_idx of one module."""
-        b = w.spec.bits
         if w.g_idx is not None and not w.spec.act_order:
             raise CannotHold(f"{name}: has a g_idx, but its spec does not say act-order")
-        zeros = w.zeros if w.zeros is not None else torch.full_like(w.scales, w.spec.midpoint, dtype=torch.uint8)
+        words = bits.pack(w.codes, w.spec.bits, torch.int32)
+        return self._tensors(name, PackedRows(w.spec, words, w.k, w.scales, w.zeros, w.g_idx))
+
+    def _tensors(self, name: str, rows: PackedRows) -> dict[str, Tensor]:
+        b, n, zeros = rows.spec.bits, rows.words.shape[0], rows.zeros
+        if zeros is None:
+            zeros = torch.full_like(rows.scales, rows.spec.midpoint, dtype=torch.uint8)
         return {
-            f"{name}.qweight": bits.pack(w.codes, b, torch.int32).T.contiguous(),
-            f"{name}.qzeros": _shifted(bits.pack(zeros.T.contiguous(), b, torch.int32), b, w.n, -self.offset),
-            f"{name}.scales": w.scales.T.contiguous(),
-            f"{name}.g_idx": w.group_of_k().to(torch.int32),
+            f"{name}.qweight": rows.words.T.contiguous(),
+            f"{name}.qzeros": _shifted(bits.pack(zeros.T.contiguous(), b, torch.int32), b, n, -self.offset),
+            f"{name}.scales": rows.scales.T.contiguous(),
+            f"{name}.g_idx": rows.group_of_k().to(torch.int32),
         }
 
     def finish(self, specs: Mapping[str, QuantSpec], floats: Mapping[str, tuple[int, ...]]) -> dict[str, Json]:
@@ -102,17 +118,23 @@ def gptq_entry(source: Source, module: str, scheme: tuple[int, int, bool, bool])
 
 def gptq_decode(source: Source, entry: Entry, offset: int) -> QTensor:
     """The weight of an entry made by `gptq_entry`; offset is 1 where zero points are stored minus one, else 0."""
+    with naming(source, entry):
+        return gptq_rows(source, entry, offset).unpacked()
+
+
+def gptq_rows(source: Source, entry: Entry, offset: int) -> PackedRows:
+    """The same weight with its codes still in words."""
     assert entry.spec is not None
     spec, (n, k), module = entry.spec, entry.shape, entry.name
-    codes = bits.unpack(source.read(f"{module}.qweight").T.contiguous(), spec.bits, k)
-    words = source.read(f"{module}.qzeros")
+    words = source.read(f"{module}.qweight").T.contiguous()
+    packed_zeros = source.read(f"{module}.qzeros")
     with naming(source, entry):
-        zeros = bits.unpack(_shifted(words, spec.bits, n, offset), spec.bits, n).T.contiguous()
+        zeros = bits.unpack(_shifted(packed_zeros, spec.bits, n, offset), spec.bits, n).T.contiguous()
         if spec.zero is Zero.MIDPOINT:
-            _check_symmetric(zeros, words, spec.midpoint)
+            _check_symmetric(zeros, packed_zeros, spec.midpoint)
         scales = source.read(f"{module}.scales").T.contiguous()
         g_idx = _g_idx(source, entry, spec, k)
-        return QTensor(spec, codes, scales, zeros if spec.zero is Zero.CODES else None, g_idx=g_idx)
+        return PackedRows(spec, words, k, scales, zeros if spec.zero is Zero.CODES else None, g_idx)
 
 
 def _in_features(source: Source, module: str, words: int, b: int) -> int:

@@ -16,7 +16,7 @@ from transload.errors import FormatError
 from transload.formats.base import Json
 from transload.formats.plain import Plain
 from transload.porting.fingerprint import fingerprint, stored_fingerprint
-from transload.porting.moving import moved, values
+from transload.porting.moving import Value, encoded, moved, packed_values, values
 from transload.porting.plan import Action, Output, PortPlan, Step
 from transload.porting.report import Moved, PortReport, engine_answers, words
 from transload.porting.stream import Ahead, Behind, Budget
@@ -48,7 +48,7 @@ class Job:
             for output, value, share in decoded:
                 self._tell(output.name)
                 new, self._differences[output.name] = moved(value, output, self.plan.options)
-                tensors = self._stored(output, new)
+                tensors = encoded(new, output, self.plan.format)
                 behind.submit(partial(self._store, writer, tensors, partial(budget.release, _cost(output))))
                 self._done += share
                 del value, new, tensors  # not kept while the next module is made
@@ -108,19 +108,14 @@ class Job:
     def _tell(self, what: str) -> None:
         self._progress(self._done, self._read_bytes + self._made_bytes, what)
 
-    def _decoded(self, budget: Budget) -> Iterator[tuple[Output, QTensor | Tensor, int]]:
+    def _decoded(self, budget: Budget) -> Iterator[tuple[Output, Value, int]]:
         """Every output with what it is made of and its share of the bytes that are read."""
         for step in self.plan.steps:
-            source = values(self.source, step)
+            source = packed_values(self.source, step)
             for output in step.outputs:
                 if not budget.acquire(_cost(output)):
                     return
                 yield output, next(source), step.entry.stored_bytes // len(step.outputs)
-
-    def _stored(self, output: Output, new: QTensor | Tensor) -> dict[str, Tensor]:
-        if isinstance(new, Tensor):
-            return {next(iter(output.tensors)): new}
-        return self.plan.format.encode(output.name, new)
 
     def _store(self, writer: Writer, tensors: Mapping[str, Tensor], done: Callable[[], None]) -> None:
         for name, tensor in tensors.items():
@@ -128,7 +123,7 @@ class Job:
             writer.add(name, tensor)
         done()
 
-    def _one_of_each_kind(self) -> Iterator[tuple[Step, Output, QTensor | Tensor]]:
+    def _one_of_each_kind(self) -> Iterator[tuple[Step, Output, Value]]:
         """The smallest module of every pair of source scheme and target scheme, made once more.
 
         Floats are left out: their bytes are their numbers.
@@ -142,7 +137,7 @@ class Job:
         for step, output in kinds.values():
             yield step, output, moved(next(values(self.source, step)), output, self.plan.options)[0]
 
-    def _compare_decoded(self, found: Checkpoint, step: Step, output: Output, meant: QTensor | Tensor) -> None:
+    def _compare_decoded(self, found: Checkpoint, step: Step, output: Output, meant: Value) -> None:
         value = found[output.name]
         same = isinstance(value, QTensor) and isinstance(meant, QTensor) and _same_numbers(value, meant)
         if not same:

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from transload.checkpoint import Checkpoint
+from transload.formats.base import Format
+from transload.formats.packed import PackedRows
 from transload.porting.plan import Action, Options, Output, Step
 from transload.quant import QTensor
 from transload.requantize import Difference, difference, requantize
 from transload.rewrite import rewrite
 
 _SLAB = 1 << 22  # values dequantized at a time
+
+
+Value = QTensor | PackedRows | Tensor
 
 
 def values(source: Checkpoint, step: Step) -> Iterator[QTensor | Tensor]:
@@ -26,9 +31,29 @@ def values(source: Checkpoint, step: Step) -> Iterator[QTensor | Tensor]:
         yield source.read(entry) if entry.spec is None else source.decode(entry)
 
 
-def moved(value: QTensor | Tensor, output: Output, options: Options) -> tuple[QTensor | Tensor, Difference | None]:
-    """A module or tensor in its new form, and how far it moved; None stands for not at all."""
+def packed_values(source: Checkpoint, step: Step) -> Iterator[Value]:
+    """The same; a module that keeps its scheme may come with its codes still in words."""
+    entry, output = step.entry, step.outputs[0]
+    same = entry.spec is not None and output.action is Action.REPACK and output.spec == entry.spec
+    rows = source.format.packed(source.source, entry) if same and output.expert is None else None
+    if rows is None:
+        yield from values(source, step)
+    else:
+        yield rows
+
+
+def encoded(value: Value, output: Output, format: Format) -> dict[str, Tensor]:
+    """The stored tensors of an output."""
     if isinstance(value, Tensor):
+        return {next(iter(output.tensors)): value}
+    if isinstance(value, PackedRows):
+        return format.encode_packed(output.name, value) or format.encode(output.name, value.unpacked())
+    return format.encode(output.name, value)
+
+
+def moved(value: Value, output: Output, options: Options) -> tuple[Value, Difference | None]:
+    """A module or tensor in its new form, and how far it moved; None stands for not at all."""
+    if isinstance(value, (Tensor, PackedRows)):
         return value, None
     if output.action is Action.DEQUANTIZE:
         return _as_floats(value, next(iter(output.tensors.values()))[0])
