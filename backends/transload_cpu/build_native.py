@@ -29,11 +29,18 @@ _FLAGS = {
     "kernel_avx2.cpp": _AVX2,
     "kernel_avx_vnni.cpp": (*_AVX2, "-mavxvnni"),
     "kernel_avx512.cpp": _AVX512,
+    "kernel_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
     "kernel_amx.cpp": (*_AVX512, "-mamx-tile", "-mamx-int8"),
     "kernel_dotprod.cpp": ("-march=armv8.2-a+dotprod",),
 }
 _MACHINES = {
-    "x86_64": ("kernel_avx2.cpp", "kernel_avx_vnni.cpp", "kernel_avx512.cpp", "kernel_amx.cpp"),
+    "x86_64": (
+        "kernel_avx2.cpp",
+        "kernel_avx_vnni.cpp",
+        "kernel_avx512.cpp",
+        "kernel_avx512_bf16.cpp",
+        "kernel_amx.cpp",
+    ),
     "aarch64": ("kernel_dotprod.cpp",),
 }
 

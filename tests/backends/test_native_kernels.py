@@ -81,6 +81,22 @@ def test_random_shapes_match_the_reference(kernel: NativeKernel) -> None:
 
 
 @each_kernel
+def test_many_bfloat16_rows_match_the_reference(kernel: NativeKernel) -> None:
+    """From some rows on, bfloat16 activations may take a kernel of their own."""
+    random = torch.Generator().manual_seed(3)
+    for seed, zero in enumerate(Zero):
+        for group in (8, 32, 48, 128, PER_CHANNEL):
+            if zero is Zero.NONE:
+                continue
+            k, n, m = (int(torch.randint(1, top, (1,), generator=random)) for top in (500, 90, 40))
+            spec = QuantSpec(4 if group % 16 else 8, group, zero=zero, scale_dtype=FP16)
+            w, x = random_weight(spec, n, k, seed), torch.randn(m + 96, k, generator=random).to(BF16)
+            bias = torch.randn(n, generator=random)
+            error = nmse(kernel.matmul(x, kernel.pack(w), bias), reference.matmul(x, w, bias))
+            assert error < 1e-5, f"{spec} {m + 96}x{n}x{k}"
+
+
+@each_kernel
 @pytest.mark.parametrize("act", [None, ActSpec(8, 32)], ids=["W4A16", "W4A8"])
 def test_rows_do_not_depend_on_their_neighbours(kernel: NativeKernel, act: ActSpec | None) -> None:
     """Any number of rows, any cut into tiles and any number of threads give the same bits for the same row."""

@@ -34,6 +34,12 @@ bool amx_permitted() {
 
 bool has(uint32_t word, int bit) { return word >> bit & 1; }
 
+// Asked only where AVX512-VNNI is there.
+bool has_avx512_bf16() {
+  uint32_t a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
+}
+
 uint32_t probe() {
   uint32_t mask = 1u << TL_PORTABLE, a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return mask;
@@ -80,6 +86,17 @@ const Isa *find_isa(int32_t isa, const Plan &plan, int64_t rows) {
 #endif
     default: return &portable_isa;
   }
+}
+
+const Isa *find_bf16(const Isa &isa, const Plan &plan, int64_t rows, int32_t x_dtype) {
+#if defined(__x86_64__)
+  static const bool there = has_avx512_bf16();
+  const int64_t fewest_tokens = plan.segment <= 64 ? 32 : 96;  // small groups cost the integer kernel more
+  if (&isa == &avx512_vnni_isa && there && plan.split && x_dtype == TL_BFLOAT16 && rows / 2 >= fewest_tokens)
+    return &avx512_bf16_isa;
+#endif
+  (void)isa, (void)plan, (void)rows, (void)x_dtype;
+  return nullptr;
 }
 
 const Isa &best_isa() {

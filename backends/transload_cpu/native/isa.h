@@ -42,7 +42,7 @@ struct Isa {
 
 extern const Isa portable_isa;
 #if defined(__x86_64__)
-extern const Isa avx2_isa, avx_vnni_isa, avx512_vnni_isa, amx_isa;
+extern const Isa avx2_isa, avx_vnni_isa, avx512_vnni_isa, avx512_bf16_isa, amx_isa;
 #elif defined(__aarch64__)
 extern const Isa dotprod_isa;
 #endif
@@ -50,6 +50,10 @@ extern const Isa dotprod_isa;
 // The table to use on an instruction set, null when it was not compiled in or this CPU lacks it. With few rows, or
 // segments that do not fill a tile, AMX hands over to AVX512.
 const Isa *find_isa(int32_t isa, const Plan &plan, int64_t rows);
+
+// The table for bfloat16 activations in place of `isa`, null where 15-bit integers are faster or nothing better is
+// there: with few rows the weights' conversion costs more than it saves. rows counts both rows of a token.
+const Isa *find_bf16(const Isa &isa, const Plan &plan, int64_t rows, int32_t x_dtype);
 
 // The widest vectors that this CPU has, for everything that is not a product.
 const Isa &best_isa();

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "side_512.h"
+#include "unroll.h"
 
 namespace transload {
 namespace {
@@ -17,17 +18,6 @@ inline __m512i broadcast_four(const int8_t *q) {
   int32_t four;
   std::memcpy(&four, q, 4);
   return _mm512_set1_epi32(four);
-}
-
-// Calls f with the constants 0 .. N - 1. The compiler then sees constant indices from the start and keeps small arrays
-// in registers, which it does not do for loops that it unrolls later.
-template <int... I, class F>
-inline __attribute__((always_inline)) void unroll(std::integer_sequence<int, I...>, const F &f) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class F>
-inline __attribute__((always_inline)) void unroll(const F &f) {
-  unroll(std::make_integer_sequence<int, N>{}, f);
 }
 
 // The operands of one panel for 8 inputs: inputs 0..3 and 4..7 of 16 + 16 outputs.

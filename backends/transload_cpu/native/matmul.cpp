@@ -88,7 +88,7 @@ struct Work {
 
 void cut_rows(Work &w) {
   const int64_t experts = w.plan.weight->geometry.experts, most = w.tokens_per_tile();
-  const int64_t per_band = std::max<int64_t>(1, w.isa->band_bytes / tile_values(w.plan));
+  const int64_t per_band = std::max<int64_t>(1, w.isa->band_bytes / tile_bytes(w.plan));
   int64_t row = 0;
   for (int64_t e = 0; e < experts; e++) {
     const int64_t end = row + (w.call->counts ? w.call->counts[e] : w.call->m);
@@ -100,7 +100,11 @@ void cut_rows(Work &w) {
     }
     row = end;
     const auto last = static_cast<int64_t>(w.tiles.size());
-    for (int64_t t = first; t < last; t += per_band) w.bands.push_back({t, std::min(per_band, last - t)});
+    const int64_t bands = (last - first + per_band - 1) / per_band;  // all of about the same size
+    for (int64_t b = 0; b < bands; b++) {
+      const int64_t from = first + (last - first) * b / bands, to = first + (last - first) * (b + 1) / bands;
+      w.bands.push_back({from, to - from});
+    }
   }
 }
 
@@ -116,7 +120,7 @@ void cut_panels(Work &w) {
 void reserve_memory(Work &w, Scratch &scratch) {
   const auto tiles = static_cast<size_t>(w.tiles.size());
   const auto up = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
-  const size_t values = up(tiles * static_cast<size_t>(tile_values(w.plan)));
+  const size_t values = up(tiles * static_cast<size_t>(tile_bytes(w.plan)));
   const size_t sides = up(tiles * static_cast<size_t>(tile_sides(w.plan)) * 4);
   const size_t rows = static_cast<size_t>(w.plan.weight->kp) * 6 * static_cast<size_t>(w.threads);
   int64_t most_tiles = 0;
@@ -227,9 +231,16 @@ tl_status matmul(const tl_product &call) {
   Work w{};
   w.call = &call;
   if (!plan_of(layout, call.act_bits, call.act_group, &w.plan)) return TL_BAD_ARGUMENT;
-  const int64_t rows = most_rows(call, w.plan);
+  int64_t rows = most_rows(call, w.plan);
   w.isa = find_isa(call.isa, w.plan, rows);
   if (w.isa == nullptr) return TL_UNSUPPORTED_CPU;
+  w.plan.value_bytes = 1;
+  if (const Isa *dense = find_bf16(*w.isa, w.plan, rows, call.x_dtype)) {
+    w.isa = dense;
+    w.plan.split = false;
+    w.plan.value_bytes = 2;
+    rows /= 2;
+  }
   if (rows == 0) return TL_OK;
   w.plan.rows = rows_of_tile(*w.isa, w.plan, rows);
   w.plan.chunk = w.isa->chunk;

@@ -20,12 +20,13 @@ struct Plan {
   bool split;                  // 15-bit activations: a token is two rows, value = 128 * upper + lower
   int rows;                    // rows of a tile, as laid out
   int chunk;                   // neighbouring inputs of one row that lie together
+  int value_bytes;             // 1 for int8 activations, 2 for bfloat16
 };
 
 // False when weight groups and activation groups do not nest.
 bool plan_of(const Layout &weight, int32_t act_bits, int64_t act_group, Plan *plan);
 
-// Quantized activations of up to plan.rows rows:
+// Activations of up to plan.rows rows; with bfloat16 only q is used, as [kp / 2][rows][2] bfloat16:
 //   q      int8  [kp / chunk][rows][chunk]
 //   scale  float [segments][rows]   one step of the activation; with split the same for both rows of a token
 //   sum    int32 [segments][rows]   sum of q over the segment
@@ -38,13 +39,13 @@ struct Tile {
   float *moment;
 };
 
-inline int64_t tile_values(const Plan &p) { return p.weight->kp * p.rows; }
+inline int64_t tile_bytes(const Plan &p) { return p.weight->kp * p.rows * p.value_bytes; }
 inline int64_t tile_sides(const Plan &p) { return p.segments * p.rows; }
 
 // The tile `index` places behind `first`.
 inline Tile tile_after(const Plan &p, const Tile &first, int64_t index) {
   const int64_t side = index * tile_sides(p);
-  return {first.q + index * tile_values(p), first.scale + side, first.sum + side, first.start + side,
+  return {first.q + index * tile_bytes(p), first.scale + side, first.sum + side, first.start + side,
           first.moment + side};
 }
 
