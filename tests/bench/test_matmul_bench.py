@@ -47,7 +47,7 @@ def test_peers_compute_the_same_product() -> None:
     """Whatever is installed: no peer is off by more than its scheme explains."""
     case = cases.MatmulCase(64, 256, 4, 128, "w4a16")
     data = cases.operands(case, cases.weight_of(case))
-    given = peers.Data(data.weight.codes, data.weight.scales.float(), data.x, 128, 1)
+    given = peers.Data(data.weight.codes, data.weight.scales.float(), data.x.float(), 128, 1)
     truth = data.truth(case.m)
     for name, call in peers.prepared(given)[0].items():
         assert float((call().double() - truth).norm() / truth.norm()) < 3e-2, name
@@ -56,7 +56,7 @@ def test_peers_compute_the_same_product() -> None:
 def test_peers_of_another_environment_join(tmp_path: Path) -> None:
     case = cases.MatmulCase(64, 128, 2, 64, "w4a16")
     data = cases.operands(case, cases.weight_of(case))
-    given = peers.Data(data.weight.codes, data.weight.scales.float(), data.x, 64, 1)
+    given = peers.Data(data.weight.codes, data.weight.scales.float(), data.x.float(), 64, 1)
     with Environment(Path(sys.executable)) as environment:
         found, reasons = environment.load(given, tmp_path)
         remote = {peer.name: peer for peer in found}

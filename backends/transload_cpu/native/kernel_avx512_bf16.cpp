@@ -1,5 +1,5 @@
-// AVX512-BF16: many rows of bfloat16 activations. Weights are dequantized to bfloat16 once for a band of rows and summed
-// in float32 over all of K: no scaling of sums per group, which the integer kernels pay for at small groups.
+// AVX512-BF16: many rows of bfloat16 activations. Weights are dequantized to bfloat16 once for a band of rows, and the
+// products summed in float32 over all of K: sums are not scaled per group, which costs the integer kernels time.
 //
 // K is walked in passes of 256 inputs, whose 32 outputs are 16 KB of bfloat16 pairs and stay in the L1 cache.
 #include <utility>

@@ -39,6 +39,11 @@ class MatmulCase:
         return QuantSpec(4, self.group, scale_dtype=torch.float16, act=act)
 
     @property
+    def x_dtype(self) -> torch.dtype:
+        """What the kernels are given: float32 to be quantized for W4A8, bfloat16 for W4A16."""
+        return torch.float32 if self.scheme == "w4a8" else torch.bfloat16
+
+    @property
     def operations(self) -> int:
         """Multiplications and additions of the case."""
         return 2 * self.m * self.n * self.k
@@ -52,7 +57,7 @@ class MatmulCase:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operands:
-    """The data of a case: weight, x float32 [M, K], counts int64 [E] with experts."""
+    """The data of a case: weight, x [M, K] in the case's x_dtype, counts int64 [E] with experts."""
 
     weight: QTensor
     x: Tensor
@@ -90,7 +95,7 @@ def weight_of(case: MatmulCase) -> QTensor:
 
 def operands(case: MatmulCase, weight: QTensor) -> Operands:
     """Gaussian activations for a weight."""
-    x = torch.randn(case.m, case.k, generator=torch.Generator().manual_seed(case.m))
+    x = torch.randn(case.m, case.k, generator=torch.Generator().manual_seed(case.m)).to(case.x_dtype)
     if case.experts is None:
         return Operands(weight, x, None)
     each, rest = divmod(case.m, case.experts)

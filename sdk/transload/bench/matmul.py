@@ -104,7 +104,7 @@ class _Weights:
             self._packed = {}
             weight = self._weight = weight_of(case)
             self._key = key
-        problem = Problem(case.n, case.k, case.spec, torch.float32, case.m, case.experts)
+        problem = Problem(case.n, case.k, case.spec, case.x_dtype, case.m, case.experts)
         chosen = choose(self.backend, problem, self.device).kernel
         place = partial(_placed, device=self.backend.torch_device(self.device))
         for kernel in self.backend.kernels:
@@ -172,7 +172,7 @@ def _peers(
     if data.counts is not None:
         return [Local("torch bf16", _dense_experts(data), settings.clock)], {}
     given = peers.Data(
-        data.weight.codes, data.weight.scales.float(), data.x, data.weight.spec.group_size, settings.threads
+        data.weight.codes, data.weight.scales.float(), data.x.float(), data.weight.spec.group_size, settings.threads
     )
     calls, reasons = peers.prepared(given)
     contenders: list[Contender] = [Local(name, call, settings.clock) for name, call in calls.items()]
