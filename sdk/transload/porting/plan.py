@@ -209,16 +209,19 @@ class Placer:
 
 
 def _encoded(format: Format, spec: QuantSpec, shape: tuple[int, ...], name: str) -> Layout:
-    """The tensors that `encode` will give, names after the module's, found by encoding a weight without data."""
+    """The tensors that `encode` gives, names after the module's, found by encoding zeros.
+
+    Tensors without data would do, but their first use in torch imports its compiler, which takes seconds.
+    """
     side = (*shape[:-1], spec.groups(shape[-1]))
     zero_dtype = {Zero.CODES: torch.uint8, Zero.FLOATS: spec.scale_dtype}.get(spec.zero)
-    empty = QTensor(
+    zeros = QTensor(
         spec,
-        torch.empty(shape, dtype=torch.uint8, device="meta"),
-        torch.empty(side, dtype=spec.scale_dtype, device="meta"),
-        None if zero_dtype is None else torch.empty(side, dtype=zero_dtype, device="meta"),
-        torch.empty(side, dtype=spec.scale_dtype, device="meta") if spec.zero is Zero.MINS else None,
+        torch.zeros(shape, dtype=torch.uint8),
+        torch.ones(side, dtype=spec.scale_dtype),
+        None if zero_dtype is None else torch.zeros(side, dtype=zero_dtype),
+        torch.zeros(side, dtype=spec.scale_dtype) if spec.zero is Zero.MINS else None,
         torch.zeros(shape[-1], dtype=torch.int32) if spec.act_order else None,
     )
-    tensors = format.encode(name, empty)
+    tensors = format.encode(name, zeros)
     return {full.removeprefix(name): (t.dtype, tuple(t.shape)) for full, t in tensors.items()}
