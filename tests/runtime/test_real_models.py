@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import transload
 from transload.runtime import Generation, generate, report, tokenizer
@@ -47,10 +48,9 @@ def path(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="module")
 def exact(path: Path) -> PreTrainedModel:
     """transformers' own model on its own dequantized weights, float32."""
-    recipe = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=recipe
-    ).eval()
+    newer = hasattr(transformers, "GgufConfig")  # keeps GGUF blocks unless told; before, floats were the only way
+    recipe = {"quantization_config": transformers.GgufConfig(dequantize=True)} if newer else {}
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **recipe).eval()
 
 
 @pytest.fixture(scope="module")

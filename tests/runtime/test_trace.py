@@ -78,7 +78,7 @@ def test_more_than_nine_experts_keep_their_order() -> None:
 def test_a_fused_layer_on_disk_is_cut_into_rows() -> None:
     model = on_meta("llama")
     targets = [f"self_attn.{m}_proj" for m in "qo"]
-    fused = WeightConverter("self_attn.qo_proj", targets, [Chunk(dim=0)])
+    fused = WeightConverter("self_attn.qo_proj", targets, operations=[Chunk(dim=0)])
     recipes, _ = parameters_from({"model.layers.0.self_attn.qo_proj": (128, 64)}, [], model, [fused])
     source = "model.layers.0.self_attn.qo_proj"
     assert recipes["model.layers.0.self_attn.q_proj.weight"].runs == ((Piece(source, None, 0, 64),),)
@@ -98,6 +98,6 @@ def test_a_shape_that_the_model_contradicts_is_an_error() -> None:
 
 
 def test_a_conversion_that_turns_a_weight_is_refused() -> None:
-    turned = WeightConverter("mlp.up_proj.weight", "mlp.up_proj.weight", [Transpose(0, 1)])
+    turned = WeightConverter("mlp.up_proj.weight", "mlp.up_proj.weight", operations=[Transpose(0, 1)])
     with pytest.raises(Unsupported, match="quantized groups cannot follow"):
         parameters_from({"model.layers.0.mlp.up_proj": (128, 64)}, [], on_meta("llama"), [turned])

@@ -19,9 +19,6 @@ from transload.runtime.weight import AnyWeight, PackedWeight, pack
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
-# What use_experts_implementation declares on a module, and the value that `QuantExperts.forward` computes.
-_LAYOUT = (("has_gate", True), ("has_bias", False), ("is_transposed", False), ("has_post_expert_norm", False))
-
 
 def is_experts(module: nn.Module) -> bool:
     """True for a module that holds gate_up_proj and down_proj as 3-D parameters."""
@@ -29,17 +26,19 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def experts_refusal(module: nn.Module) -> str | None:
-    """Why these experts cannot run quantized, a sentence; None when they can."""
+    """Why these experts cannot run quantized, a sentence; None when they can.
+
+    `_apply_gate` is what transformers gives every experts class that says it computes gate_up, gate and down and nothing
+    else; a module with further weights (biases, norms) or transposed ones computes something else.
+    """
+    kind = type(module).__name__
     if not callable(getattr(module, "_apply_gate", None)):
-        return f"{type(module).__name__} does not say how gate and up projection are combined"
-    for name, value in _LAYOUT:
-        found = getattr(module, name, None)
-        if found is not value:
-            return f"{type(module).__name__} has {name}={found}; only {name}={value} runs quantized"
-    experts, double, hidden = module.get_parameter("gate_up_proj").shape
-    if tuple(module.get_parameter("down_proj").shape) != (experts, hidden, double // 2):
-        return f"{type(module).__name__} has gate_up_proj {(experts, double, hidden)} and down_proj of another layout"
-    return None
+        return f"{kind} does not say how gate and up projection are combined"
+    experts, double, hidden = module.get_parameter(PROJECTIONS[0]).shape
+    if tuple(module.get_parameter(PROJECTIONS[1]).shape) != (experts, hidden, double // 2):
+        return f"{kind} has transposed weights: {PROJECTIONS[0]} is {(experts, double, hidden)}"
+    further = sorted({name for name, _ in module.named_parameters()} - set(PROJECTIONS))
+    return f"{kind} has further weights: {', '.join(further)}" if further else None
 
 
 class QuantExperts(nn.Module):

@@ -89,9 +89,9 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
         self._stored = StoredWeights(self._checkpoint or _open(checkpoint_files), model)
         self.kept = {name: f"stored quantized, used in float: {why}" for name, why in self._stored.floats.items()}
         self.unused = self._stored.unused
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _STORED_NAMES}
-        late = {f"^{re.escape(name)}$" for name in self._stored.floats}
-        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *late}
+        _ignore(model, "_keys_to_ignore_on_load_unexpected", [_STORED_NAMES])
+        late = [f"^{re.escape(name)}$" for name in self._stored.floats]
+        _ignore(model, "_keys_to_ignore_on_load_missing", late)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: object) -> PreTrainedModel:
         """Brings the stored numbers in, and checks that every stand-in has its weight."""
@@ -118,6 +118,13 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """False: packed weights have no gradient."""
         return False
+
+
+def _ignore(model: PreTrainedModel, attribute: str, patterns: list[str]) -> None:
+    """Adds patterns to what transformers does not complain about, on this model; a list or a set, as it has it."""
+    known = getattr(model, attribute)
+    container = list if known is None else type(known)
+    setattr(model, attribute, container([*(known or ()), *patterns]))
 
 
 def _open(files: list[str] | None) -> Checkpoint:

@@ -14,7 +14,7 @@ from transload.runtime.config import Progress
 from transload.runtime.gather import assemble
 from transload.runtime.targets import Targets
 from transload.runtime.tied import fill_tied, take_ties
-from transload.runtime.trace import parameters_from
+from transload.runtime.trace import parameters_from, used
 
 
 class StoredWeights:
@@ -30,7 +30,7 @@ class StoredWeights:
         floats = [e.name for e in checkpoint.entries.values() if e.spec is None]
         conversions = get_model_conversion_mapping(model)
         self.recipes, self.unused = parameters_from(shapes, floats, model, conversions)
-        self.conversions = [c for c in conversions if c.was_used()]
+        self.conversions = used(conversions)
         self._ties = take_ties(model, self.recipes, checkpoint.entries)
         self.floats: dict[str, str] = {}
         for parameter in self.recipes:

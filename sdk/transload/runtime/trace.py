@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 from transload.errors import FormatError, Unsupported
 
 Shape = tuple[int, ...]
+_COLUMNS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def stored_from(parameters: Mapping[str, Shape], model: PreTrainedModel) -> dict
     start = 0
     for name, (*lead, n, _) in parameters.items():
         rows = torch.Size(lead).numel() * n
-        tensors[name] = torch.arange(start, start + rows).reshape(*lead, n, 1)
+        tensors[name] = _row_numbers(start, rows).reshape(*lead, n, _COLUMNS)
         for e in range(rows // n if lead else 1):
             numbered.append(_Numbered(name, e if lead else None, start + e * n))
         start += rows
@@ -123,8 +124,13 @@ class _Rules:
         return WeightRenaming(key, name) if pattern is None else deepcopy(self._by_pattern[pattern])
 
 
+def used(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
+    """The conversions that applied to some name; all of them in a transformers that does not keep count (before 5.2)."""
+    return [c for c in conversions if not hasattr(c, "was_used") or c.was_used()]
+
+
 def _number(sources: Mapping[str, Shape], rules: _Rules) -> tuple[dict[str, Tensor], list[_Numbered]]:
-    """Row numbers [N, 1] by the tensor name that a float checkpoint would have.
+    """Row numbers [N, 2] by the tensor name that a float checkpoint would have.
 
     A stack of experts gets a name per expert, unless the model's own parameter goes by the name of the stack.
     """
@@ -134,7 +140,7 @@ def _number(sources: Mapping[str, Shape], rules: _Rules) -> tuple[dict[str, Tens
     for name, (*lead, n, _) in sources.items():
         members = range(lead[0]) if lead else (None,)
         count = n * len(members)
-        rows = torch.arange(start, start + count).reshape(len(members), n, 1)
+        rows = _row_numbers(start, count).reshape(len(members), n, _COLUMNS)
         if lead and rules.parameter(name)[0] in rules.meta:
             keys[name] = rows
         else:
@@ -142,6 +148,11 @@ def _number(sources: Mapping[str, Shape], rules: _Rules) -> tuple[dict[str, Tens
         numbered += [_Numbered(name, e, start + i * n) for i, e in enumerate(members)]
         start += count
     return keys, numbered
+
+
+def _row_numbers(start: int, count: int) -> Tensor:
+    """int64 [count, 2], the same number twice: a conversion that mixes rows with inputs makes them differ."""
+    return torch.arange(start, start + count).unsqueeze(-1).expand(-1, _COLUMNS)
 
 
 def expert_name(stack: str, expert: int | None) -> str:
@@ -171,6 +182,8 @@ def _convert(keys: Mapping[str, Tensor], rules: _Rules) -> tuple[dict[str, Tenso
     found: dict[str, Tensor] = {}
     for name, transform in transforms.items():
         converted = transform.convert(name, model=rules.model, config=rules.model.config)
+        if isinstance(converted, tuple):  # before transformers 5.1: the parameters, and what went wrong
+            converted = converted[0]
         found |= {parameter: rows if isinstance(rows, Tensor) else rows[0] for parameter, rows in converted.items()}
     return found, unused
 
@@ -192,8 +205,8 @@ def _recipe(
 
 
 def _pieces(name: str, rows: Tensor, numbered: Sequence[_Numbered]) -> Recipe:
-    """Row numbers [..., N, 1] as runs of neighbouring rows of one source."""
-    if rows.dim() not in (2, 3) or rows.shape[-1] != 1 or rows.dtype != torch.int64:
+    """Row numbers [..., N, 2] as runs of neighbouring rows of one source."""
+    if rows.dim() not in (2, 3) or rows.shape[-1] != _COLUMNS or not torch.equal(rows[..., 0], rows[..., 1]):
         raise Unsupported(
             f"{name}: transformers rearranges this tensor's inputs on load; quantized groups cannot follow"
         )
