@@ -96,13 +96,14 @@ def test_an_unknown_scheme_is_an_error() -> None:
 
 def test_the_command_writes_table_csv_and_json(tmp_path: Path) -> None:
     arguments = ["matmul", "--shape", "64x128", "-m", "1", "-m", "2", "--group", "64", "--scheme", "w4a8"]
-    files = ["--csv", str(tmp_path / "t.csv"), "--json", str(tmp_path / "t.json")]
+    files = [f"--{kind}={tmp_path}/t.{kind}" for kind in ("csv", "json", "markdown")]
     quick = ["--rounds", "1", "--seconds", "0.001", "--no-limits"]
     result = CliRunner().invoke(app, [*arguments, *files, *quick])
     assert result.exit_code == 0, result.output
     assert "best peer" in result.output
     lines = [json.loads(line) for line in (tmp_path / "t.json").read_text().splitlines()]
     assert [line["m"] for line in lines] == [1, 2]
+    assert (tmp_path / "t.markdown").read_text().startswith("| N | K | group | scheme |")
     with (tmp_path / "t.csv").open() as file:
         assert {"onnx", "torch bf16"} <= {line["contender"] for line in csv.DictReader(file)}
 

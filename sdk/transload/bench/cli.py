@@ -38,6 +38,7 @@ def matmul(
     limits: Annotated[bool, typer.Option(help="Measure memory and multiply rates first.")] = True,
     csv: Annotated[Path | None, typer.Option(help="Write every time as CSV.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write one JSON object a case.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a table for a document.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
 ) -> None:
     """Multiplies 4-bit weights: microseconds, relative error, and the ratio to the best peer of the same scheme."""
@@ -76,6 +77,8 @@ def matmul(
         console.print(f"[yellow]load average {busy:.1f} with {threads} threads: only the ratios mean anything[/]")
     if csv:
         report.write_csv(done, csv)
+    if markdown:
+        report.write_markdown(done, markdown)
     if plot:
         report.plot(done, plot)
 

@@ -54,6 +54,18 @@ def write_json(rows: Sequence[Row], path: Path) -> None:
     path.write_text("".join(json.dumps(r.as_json()) + "\n" for r in rows), encoding="utf-8")
 
 
+def write_markdown(rows: Sequence[Row], path: Path) -> None:
+    """A line a case and a column a contender: microseconds of the chosen kernel, then how many times faster it is."""
+    names = list(dict.fromkeys(name for r in rows for name in r.faster))
+    head = ["N", "K", "group", "scheme", "M", "threads", "kernel", "us", "error", *names]
+    lines = [head, ["---"] * len(head)]
+    for r in rows:
+        case = (f"{r.experts}x{r.n}" if r.experts else r.n, r.k, r.group, r.scheme, r.m, r.threads, r.kernel)
+        times = [f"{r.faster[name]:.2f}" if name in r.faster else "" for name in names]
+        lines.append([*map(str, case), f"{r.us:.0f}", f"{r.rel_err:.1e}", *times])
+    path.write_text("".join("| " + " | ".join(line) + " |\n" for line in lines), encoding="utf-8")
+
+
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """One line for every contender of every case."""
     names = ("n", "k", "m", "group", "experts", "scheme", "threads", "contender", "computes", "us", "rel_err", "faster")
