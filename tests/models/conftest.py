@@ -1,6 +1,0 @@
-"""The builders of tests/formats are used here too."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "formats"))
