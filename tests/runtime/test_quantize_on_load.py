@@ -10,7 +10,7 @@ from tiny_models import MODELS, distance, logits, make, with_weights_of
 from torch import nn
 
 import transload
-from transload.errors import ConfigError
+from transload.errors import ConfigError, Unsupported
 from transload.models.roles import kept_in_float
 from transload.runtime import TransloadConfig, report
 from transload.runtime.experts import QuantExperts
@@ -161,3 +161,30 @@ def test_contradictory_requests_are_refused(name: str, saved: Path, case: str) -
     arguments, words = CONTRADICTIONS[case]
     with pytest.raises(ConfigError, match=words):
         transload.load(saved, **arguments)
+
+
+@pytest.mark.parametrize("name", ["llama"], indirect=True)
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str)
+def test_device_maps_of_one_device_are_taken(name: str, saved: Path, device_map: object) -> None:
+    config = TransloadConfig(**SMALL)
+    model = type(MODELS[name]()).from_pretrained(saved, quantization_config=config, device_map=device_map)
+    assert {m.device for m in report(model).modules} == {"cpu"}
+    assert distance(logits(model), reference(saved, model)) < W4A16
+
+
+@pytest.mark.parametrize("name", ["llama"], indirect=True)
+@pytest.mark.parametrize("device_map", ["balanced", {"": "disk"}], ids=str)
+def test_device_maps_that_cannot_hold_are_refused(name: str, saved: Path, device_map: object) -> None:
+    model_class, config = type(MODELS[name]()), TransloadConfig(**SMALL)
+    with pytest.raises(Unsupported, match="device_map"):
+        model_class.from_pretrained(saved, quantization_config=config, device_map=device_map)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen2-tied"], indirect=True)
+def test_a_bfloat16_model_is_as_exact_as_bfloat16_is(name: str, saved: Path) -> None:
+    model = transload.load(saved, quantize=TransloadConfig(**SMALL), dtype=torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    float_model = type(model).from_pretrained(saved, dtype=torch.bfloat16)
+    exact = reference(saved, model)
+    # Our error must be that of bfloat16 itself: what transformers' own bfloat16 model has on the same weights.
+    assert distance(logits(model), exact) < 1.5 * distance(logits(with_weights_of(model, float_model)), exact)

@@ -28,8 +28,8 @@ def is_experts(module: nn.Module) -> bool:
 def experts_refusal(module: nn.Module) -> str | None:
     """Why these experts cannot run quantized, a sentence; None when they can.
 
-    `_apply_gate` is what transformers gives every experts class that says it computes gate_up, gate and down and nothing
-    else; a module with further weights (biases, norms) or transposed ones computes something else.
+    `_apply_gate` is what transformers gives every experts class that says it computes gate_up, gate and down and
+    nothing else; a module with further weights (biases, norms) or transposed ones computes something else.
     """
     kind = type(module).__name__
     if not callable(getattr(module, "_apply_gate", None)):

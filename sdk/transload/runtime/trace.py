@@ -125,7 +125,7 @@ class _Rules:
 
 
 def used(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
-    """The conversions that applied to some name; all of them in a transformers that does not keep count (before 5.2)."""
+    """The conversions that applied to some name; all of them in a transformers that does not keep count."""
     return [c for c in conversions if not hasattr(c, "was_used") or c.was_used()]
 
 
@@ -210,7 +210,8 @@ def _pieces(name: str, rows: Tensor, numbered: Sequence[_Numbered]) -> Recipe:
         raise Unsupported(
             f"{name}: transformers rearranges this tensor's inputs on load; quantized groups cannot follow"
         )
-    stacked = rows[..., 0] if rows.dim() == 3 else rows[..., 0].unsqueeze(0)
+    numbers = rows[..., 0].contiguous()
+    stacked = numbers if rows.dim() == 3 else numbers.unsqueeze(0)
     starts = torch.tensor([s.start for s in numbered])
     return Recipe(tuple(tuple(_runs(line, starts, numbered)) for line in stacked), rows.dim() == 3)
 

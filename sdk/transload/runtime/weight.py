@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -38,11 +39,13 @@ class PackedWeight(nn.Module):
         The same object is returned until a buffer is replaced (by `.to`, accelerate, `load_state_dict(assign=True)`),
         because kernels keep what they prepared for a weight by the weight's identity.
         """
-        p = self._packed
-        if any(self._buffers[_PREFIX + name] is not tensor for name, tensor in p.tensors.items()):
-            tensors = {name: self._buffers[_PREFIX + name] for name in p.tensors}
-            self._packed = p = Packed(p.kernel, p.spec, p.n, p.k, tensors, p.experts)  # type: ignore[arg-type]
-        return p
+        buffers = self._buffers
+        for name, tensor in self._packed.tensors.items():
+            if buffers[_PREFIX + name] is not tensor:
+                tensors = {name: cast(Tensor, buffers[_PREFIX + name]) for name in self._packed.tensors}
+                self._packed = replace(self._packed, tensors=tensors)
+                break
+        return self._packed
 
     @property
     def spec(self) -> QuantSpec:
@@ -51,10 +54,12 @@ class PackedWeight(nn.Module):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] times the weight plus bias [N]: [..., N] in x's dtype."""
+        if x.dtype != self.x_dtype:
+            return self.matmul(x.to(self.x_dtype), bias).to(x.dtype)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
         p = self.packed
-        rows = x.reshape(-1, p.k).to(self.x_dtype)
-        y = self.kernel.matmul(rows, p, None if bias is None else bias.to(self.x_dtype))
-        return y.reshape(*x.shape[:-1], p.n).to(x.dtype)
+        return self.kernel.matmul(x.reshape(-1, p.k), p, bias).reshape(*x.shape[:-1], p.n)
 
     def grouped_matmul(self, x: Tensor, counts: Tensor) -> Tensor:
         """Rows x [M, K] sorted by expert, counts int64 [E]: [M, N] in x's dtype."""
