@@ -154,8 +154,9 @@ def test_a_config_that_contradicts_the_weights_is_an_error_that_says_so(case: st
 def test_a_model_with_fewer_layers_reports_what_it_has_no_place_for(tmp_path: Path) -> None:
     folder = _saved(tmp_path)
     _edit(folder, num_hidden_layers=1)
-    unused = transload.load(folder).hf_quantizer.unused
-    assert "model.layers.1.mlp.up_proj" in unused
+    found = report(transload.load(folder))
+    assert "model.layers.1.mlp.up_proj" in found.unused
+    assert "7 x stored, but the model has no place for it, such as model.layers.1.mlp.down_proj" in str(found)
 
 
 def test_a_stored_layer_that_the_model_computes_in_float_becomes_float(tmp_path: Path) -> None:

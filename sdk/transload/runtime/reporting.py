@@ -36,11 +36,15 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All quantized modules, the linear modules kept in float with the reason, and the bytes of all float tensors."""
+    """All quantized modules, the modules kept in float with the reason, and the bytes of all float tensors.
+
+    unused: quantized modules of the checkpoint that the model has no place for (layers for speculative decoding, say).
+    """
 
     modules: tuple[ModuleReport, ...]
     kept: dict[str, str]
     float_bytes: int
+    unused: tuple[str, ...] = ()
 
     @property
     def quantized_bytes(self) -> int:
@@ -58,6 +62,8 @@ class Report:
         yield f"quantized {_mb(self.quantized_bytes)}, float {_mb(self.float_bytes)}"
         for reason, count in Counter(self.kept.values()).most_common():
             yield f"{count:5} x kept in float: {reason}"
+        if self.unused:
+            yield f"{len(self.unused):5} x stored, but the model has no place for it, such as {self.unused[0]}"
         for note, count in Counter(n for m in self.modules for n in m.notes).most_common():
             yield f"{count:5} x {note}"
 
@@ -78,7 +84,8 @@ def report(model: nn.Module) -> Report:
             modules.append(_describe(name, kind, packed, notes.get(name), counted=id(packed) in seen))
             seen.add(id(packed))
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in inner}
-    return Report(tuple(modules), dict(getattr(quantizer, "kept", {})), sum(tensors.values()))
+    unused = tuple(getattr(quantizer, "unused", ()))
+    return Report(tuple(modules), dict(getattr(quantizer, "kept", {})), sum(tensors.values()), unused)
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, PackedWeight | RowStore]]:

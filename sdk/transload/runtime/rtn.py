@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
-from transload.errors import ConfigError, NoKernel
+from transload.errors import ConfigError, NoKernel, Unsupported
 from transload.models.roles import kept_in_float, skipped
 from transload.quant import QTensor, QuantSpec, Zero, fuse_rows, stack_experts
 from transload.reference import quantize_rtn
@@ -27,8 +27,8 @@ _VALUES_AT_ONCE = 1 << 24  # rounding needs about ten bytes a value for a moment
 class RoundedWeights:
     """Which parameters of one model are quantized on load, with which scheme, and how each of them is.
 
-    specs: the scheme by parameter name. kept: linear modules that stay in float, and why. notes: what differs from the
-    request, by module.
+    specs: the scheme by parameter name. kept: modules whose weights stay in float, and why. notes: what differs from
+    the request, by module.
     """
 
     def __init__(self, config: TransloadConfig, model: PreTrainedModel, targets: Targets) -> None:
@@ -36,8 +36,12 @@ class RoundedWeights:
         self.specs: dict[str, QuantSpec] = {}
         self.kept: dict[str, str] = {}
         self.notes: dict[str, str] = {}
+        self._heads = set(model.all_tied_weights_keys.values()) if config.quantize_head else set()
         for name, parameters in _candidates(model, config.quantize_head):
             self._consider(model, name, parameters)
+        if not self.specs:
+            reasons = "; ".join(sorted(set(self.kept.values()))) or "it has no linear layers"
+            raise Unsupported(f"nothing in {type(model).__name__} can be quantized on load: {reasons}")
         self.ties = take_ties(model, self.specs)
         for parameter in self.specs:
             for member in (parameter, *self.ties.get(parameter, ())):
@@ -47,6 +51,8 @@ class RoundedWeights:
         """Enters a module's parameters into specs, or the module into kept."""
         module = model.get_submodule(name)
         reason = kept_in_float(name, heads=not self.config.quantize_head)
+        if isinstance(module, nn.Embedding) and f"{name}.weight" not in self._heads:
+            reason = "embedding"
         if pattern := skipped(name, tuple(self.config.skip_modules)):
             reason = f"skip_modules has '{pattern}'"
         reason = reason or next((r for p in parameters if (r := standins.refusal(module, f"{name}.{p}"))), None)
@@ -111,20 +117,21 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
 
 
 def _candidates(model: PreTrainedModel, heads: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Modules that multiply with a weight, and the names of their weights.
+    """Modules that hold matrices of weights, and the names of those; what is not linear is refused later, by name.
 
     heads: whether output heads may be quantized. One that is tied to an embedding has no weight in the checkpoint, and
     the embedding stands for both.
     """
-    tied = dict(model.all_tied_weights_keys)
+    tied = model.all_tied_weights_keys if heads else {}
     for name, module in list(model.named_modules()):
-        if is_experts(module):
-            yield name, PROJECTIONS
-            continue
-        weight = f"{name}.weight"
-        is_linear = isinstance(module, nn.Linear) and not (heads and weight in tied)
-        if is_linear or (heads and isinstance(module, nn.Embedding) and weight in tied.values()):
-            yield name, ("weight",)
+        parameters = PROJECTIONS if is_experts(module) else _matrices(module)
+        parameters = tuple(p for p in parameters if f"{name}.{p}" not in tied)
+        if parameters:
+            yield name, parameters
+
+
+def _matrices(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, p in module.named_parameters(recurse=False) if p.dim() in (2, 3))
 
 
 def _round(weight: Tensor, spec: QuantSpec) -> QTensor:
