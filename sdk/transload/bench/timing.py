@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 CALLS_AT_MOST = 2000
+PAUSE = 0.02  # seconds: idle threads of libgomp spin for about 10 ms, and would run into the next one's turn
 
 # cpu is the processor time of all threads: on a busy machine, it leaves out the time in which others ran.
 Clock = Literal["wall", "cpu"]
@@ -60,6 +61,7 @@ def interleaved(contenders: Sequence[Contender], rounds: int, budget: float) -> 
     for turn in range(rounds):
         # Odd rounds go backwards: nobody always runs after the same neighbour.
         for c in contenders if turn % 2 == 0 else reversed(contenders):
+            time.sleep(PAUSE)
             c.seconds(1)
             times[c.name].append(c.seconds(calls[c.name]) / calls[c.name])
     return times
