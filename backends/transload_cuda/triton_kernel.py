@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -41,8 +42,9 @@ class TritonKernel(Kernel):
             return "there are no experts"
         return self._refuses_activations(p) or layouts.refuses_weight(p.n, p.k, p.spec, self.step)
 
+    @abstractmethod
     def _refuses_activations(self, p: Problem) -> str | None:
-        raise NotImplementedError
+        """None when the kernel multiplies with the activations that `p` asks for; otherwise why not."""
 
     def pack(self, w: QTensor) -> Packed:
         """`codes` uint8 [..., N, K / 2] (two halves of a row in a byte), `scales`, `zeros` and `mins` [..., G, N]."""
