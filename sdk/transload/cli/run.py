@@ -11,6 +11,7 @@ import typer
 from transload.cli import app
 from transload.cli.show import byte_progress, print_json, size
 from transload.errors import ConfigError
+from transload.memory import peak_memory
 
 if TYPE_CHECKING:
     from transload.runtime import Generation, Report
@@ -71,7 +72,7 @@ def _json(answer: Generation, ran: Report) -> dict[str, object]:
         "prompt_tokens_per_second": answer.prompt_tokens_per_second,
         "tokens_per_second": answer.tokens_per_second,
     }
-    return {**asdict(answer), **speeds, "peak_memory_bytes": _peak_memory(), "report": asdict(ran)}
+    return {**asdict(answer), **speeds, "peak_memory_bytes": peak_memory(), "report": asdict(ran)}
 
 
 def _print_report(answer: Generation, ran: Report) -> None:
@@ -81,26 +82,9 @@ def _print_report(answer: Generation, ran: Report) -> None:
         f"{answer.prompt_tokens} prompt tokens at {answer.prompt_tokens_per_second:.1f}/s, "
         f"{len(answer.tokens)} tokens at [bold]{answer.tokens_per_second:.1f} tokens/s[/]"
         + ("" if answer.ended else " (stopped at --max-new-tokens)")
-        + (f", peak memory {size(peak)}" if (peak := _peak_memory()) else ""),
+        + (f", peak memory {size(peak)}" if (peak := peak_memory()) else ""),
         *str(ran).splitlines(),
     ]
     console = Console(stderr=True)
     for line in lines:
         console.print(line, style="dim", highlight=False)
-
-
-def _peak_memory() -> int:
-    """The most memory this process has had, in bytes; 0 where the system does not tell.
-
-    On Linux from /proc: what getrusage says begins with the peak of the process that started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = (line.split() for line in status.read_text().splitlines())
-        return next((int(line[1]) * 1024 for line in lines if line and line[0] == "VmHWM:"), 0)
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
