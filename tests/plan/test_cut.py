@@ -6,6 +6,7 @@ import random
 from itertools import combinations, permutations
 
 import pytest
+from ortools.sat.python import cp_model
 
 from transload.plan.cut import Chain, LayerCut, best_cut, best_order
 
@@ -69,7 +70,6 @@ def test_the_best_order_is_the_best_of_all_orders(seed: int) -> None:
 
 def _cp_sat(chain: Chain, capacity: tuple[int, ...]) -> int:
     """The most blocks by constraint programming: x[l, s] says that layer l is on stage s."""
-    cp_model = pytest.importorskip("ortools.sat.python.cp_model", reason="OR-Tools is not installed")
     layers, stages, top = len(chain.weights), len(capacity), max(capacity)
     model = cp_model.CpModel()
     at = [model.new_int_var(0, stages - 1, f"at{i}") for i in range(layers)]
