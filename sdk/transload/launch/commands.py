@@ -1,0 +1,91 @@
+"""From a plan to processes: one EngineCommand for each, for renderers, checks and `transload serve` alike."""
+
+from __future__ import annotations
+
+from transload.errors import ConfigError
+from transload.launch.command import EngineCommand
+from transload.launch.environment import environment
+from transload.launch.flags import node_flags, serve_flags
+from transload.launch.site import Site
+from transload.launch.topology import Instance, NodePart, instances
+from transload.plan.engines import check_engine_name
+from transload.plan.result import Plan
+
+HEALTH_PATH = "/health"
+
+
+def commands(
+    plan: Plan, model_path: str, engine_version: str | None = None, site: Site | None = None
+) -> tuple[EngineCommand, ...]:
+    """Every process that the plan needs, node by node within an instance, heads first.
+
+    model_path: the checkpoint folder as the nodes see it. engine_version: "0.32" or "vllm==0.32", to be sure that the
+    plan was made for it; None takes the plan's. Raises DoesNotFit for a plan that does not fit, ConfigError when the
+    plan was made for another engine or its nodes contradict each other.
+    """
+    site = site or Site()
+    _check_version(plan, engine_version)
+    name = site.served_name or plan.model
+    return tuple(
+        _command(instance, part, model_path, name, site)
+        for instance in instances(plan, site.form)
+        for part in instance.parts
+    )
+
+
+def api_port(instance: Instance, site: Site) -> int:
+    """The API's port: different for every instance of a plan, so that several can share a node."""
+    return site.port + instance.number
+
+
+def _command(instance: Instance, part: NodePart, model_path: str, name: str, site: Site) -> EngineCommand:
+    head = part is instance.parts[0]
+    port = api_port(instance, site)
+    serve = ("vllm", "serve", model_path, *serve_flags(instance, site, name, port), *node_flags(instance, part, site))
+    argv: tuple[str, ...] = (*serve, *site.arguments)
+    setup: tuple[tuple[str, ...], ...] = ()
+    if instance.shape == "ray":
+        join, start = _ray(instance, part, site)
+        argv, setup = (argv, (start,)) if head else (join, setup)
+    return EngineCommand(
+        argv=argv,
+        env=environment(instance, part, site),
+        node=part.node,
+        port=port,
+        role="head" if head else "worker",
+        health_path=HEALTH_PATH,
+        address=site.address(part.node),
+        head_address=site.address(instance.head),
+        instance=instance.number,
+        deployment=instance.deployment,
+        replica=instance.replica,
+        devices=part.devices,
+        setup=setup,
+    )
+
+
+def _ray(instance: Instance, part: NodePart, site: Site) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(what a worker runs until it is stopped, what the head runs before it serves)."""
+    port = site.ray_port + instance.number
+    devices = {"cuda": ("--num-gpus", str(len(part.devices)))}.get(
+        instance.plan.platform, ("--resources", f'{{"NPU": {len(part.devices)}}}')
+    )
+    own = ("--node-ip-address", site.address(part.node), *devices)
+    join = ("ray", "start", "--address", f"{site.address(instance.head)}:{port}", *own, "--block")
+    return join, ("ray", "start", "--head", "--port", str(port), *own)
+
+
+def _check_version(plan: Plan, wanted: str | None) -> None:
+    if wanted is None:
+        return
+    name, _, version = wanted.partition("==") if "==" in wanted else ("", "", wanted)
+    short = ".".join(version.split(".")[:2])
+    if name:
+        check_engine_name(wanted)
+    for deployment in plan.deployments:
+        planned_name, _, planned = deployment.engine.partition("==")
+        if (name and name != planned_name) or short != planned:
+            raise ConfigError(
+                f"engine {wanted}: the plan was made for {deployment.engine}; plan again with --engine {wanted}, or use "
+                f"{deployment.engine}"
+            )

@@ -1,0 +1,74 @@
+"""A deployment as arguments of `vllm serve`, and what a node adds to take part in an instance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from transload.launch.site import Site
+from transload.launch.topology import Instance, NodePart
+
+KV_DTYPES = {"fp8": "fp8", "int8": "int8"}  # bf16 is the engine's "auto"
+
+
+def serve_flags(instance: Instance, site: Site, served_name: str, port: int) -> list[str]:
+    """The arguments that every node of an instance has in common: shape, limits, memory, names."""
+    d, size = instance.plan, instance.parallelism
+    flags = ["--served-model-name", served_name]
+    flags += ["--host", site.host, "--port", str(port)]
+    flags += ["--tensor-parallel-size", str(size.tp)]
+    if size.pp > 1:
+        flags += ["--pipeline-parallel-size", str(size.pp)]
+    if size.dp > 1:
+        flags += ["--data-parallel-size", str(size.dp)]
+    if size.ep:
+        flags.append("--enable-expert-parallel")
+    if size.dcp > 1:
+        flags += ["--decode-context-parallel-size", str(size.dcp)]
+    flags += ["--max-model-len", str(d.max_model_len)]
+    flags += ["--max-num-seqs", str(d.max_num_seqs)]
+    flags += ["--max-num-batched-tokens", str(d.max_num_batched_tokens)]
+    flags += _memory(instance)
+    if d.kv_cache_dtype in KV_DTYPES:
+        flags += ["--kv-cache-dtype", KV_DTYPES[d.kv_cache_dtype]]
+    if d.platform == "ascend":
+        flags += _ascend(instance, site.additional_config)
+    return flags
+
+
+def _memory(instance: Instance) -> list[str]:
+    """On a CPU the cache is given in bytes, exactly as planned; devices are given the fraction they may use."""
+    d = instance.plan
+    if d.platform != "cpu":
+        return ["--gpu-memory-utilization", f"{d.gpu_memory_utilization:g}"]
+    sizes = [line.size for stage in d.stages for line in stage.lines if line.group == "kv"]
+    return ["--kv-cache-memory-bytes", str(max(sizes))]
+
+
+def _ascend(instance: Instance, additional: Mapping[str, object]) -> list[str]:
+    flags = [] if instance.plan.recipe in ("bf16", "fp16") else ["--quantization", "ascend"]
+    if additional:
+        flags += ["--additional-config", json.dumps(additional, sort_keys=True)]
+    return flags
+
+
+def node_flags(instance: Instance, part: NodePart, site: Site) -> list[str]:
+    """What one node adds: its place among the others, as the instance's form says it."""
+    head = part is instance.parts[0]
+    address = site.address(instance.head)
+    if instance.shape == "ray":
+        return ["--distributed-executor-backend", "ray"]
+    if instance.shape == "native":
+        flags = ["--distributed-executor-backend", "mp", "--nnodes", str(len(instance.parts))]
+        flags += ["--node-rank", str(instance.parts.index(part))]
+        flags += ["--master-addr", address, "--master-port", str(site.master_port + instance.number)]
+        if instance.parallelism.dp > 1:
+            flags += ["--data-parallel-address", address]
+            flags += ["--data-parallel-rpc-port", str(site.rpc_port + instance.number)]
+        return flags if head else [*flags, "--headless"]
+    if instance.shape == "dp":
+        flags = ["--data-parallel-size-local", str(len(part.dp_ranks)), "--data-parallel-address", address]
+        flags += ["--data-parallel-rpc-port", str(site.rpc_port + instance.number)]
+        # A start rank without --headless would give every node an API of its own.
+        return flags if head else [*flags, "--data-parallel-start-rank", str(part.dp_ranks[0]), "--headless"]
+    return []

@@ -1,0 +1,66 @@
+"""What a plan does not know about the place it runs in: addresses, interfaces, ports, names, extra arguments."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transload.errors import ConfigError
+from transload.plan.cluster import Cluster
+
+Form = Literal["auto", "native", "dp", "ray"]
+FORMS: tuple[Form, ...] = ("auto", "native", "dp", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """How nodes are reached and what the services are called.
+
+    addresses, interfaces: by the plan's node names; a node without an address is reached by its name, one without an
+    interface gets none in EngineCommand.env, and rendered scripts look it up where they run. port: of the first
+    instance's API, the others follow. master_port, rpc_port, ray_port: the first of those that instances talk on.
+    form: how instances over several nodes start; "auto" takes the DP form where every data-parallel rank lies inside a
+    node, else the engine's native multi-node mode, and Ray where nodes give unequal numbers of devices.
+    arguments, env: appended to every engine's command line and environment. additional_config: vllm-ascend's own JSON.
+    """
+
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    interfaces: Mapping[str, str] = field(default_factory=dict)
+    served_name: str | None = None
+    host: str = "0.0.0.0"
+    port: int = 8000
+    master_port: int = 29501
+    rpc_port: int = 13389
+    ray_port: int = 6379
+    form: Form = "auto"
+    arguments: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    additional_config: Mapping[str, object] = field(default_factory=dict)
+    hccl_buffsize: int = 200
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ConfigError(f"form '{self.form}': expected one of {', '.join(FORMS)}")
+        for name in ("port", "master_port", "rpc_port", "ray_port"):
+            value = getattr(self, name)
+            if not 1 <= value <= 65535:
+                raise ConfigError(f"{name} {value}: expected 1 to 65535")
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> Site:
+        """The site that a cluster file describes: addresses and interfaces of its nodes."""
+        addresses = {node.name: node.address for node in cluster.nodes if node.address and node.count == 1}
+        return cls(addresses=addresses)
+
+    def address(self, node: str) -> str:
+        """Where the others reach a node; its own name when nothing better was said."""
+        return self.addresses.get(node, node)
+
+    def host_ip(self, node: str) -> str | None:
+        """The node's address when it is an IP address, which is what engines bind to; None for a host name."""
+        try:
+            return str(ipaddress.ip_address(self.address(node)))
+        except ValueError:
+            return None
