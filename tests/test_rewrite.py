@@ -70,3 +70,17 @@ def test_act_order_survives_wider_codes() -> None:
 def test_what_would_change_numbers_is_refused(old: QuantSpec, new: QuantSpec) -> None:
     with pytest.raises(ConfigError):
         rewrite(random_weight(old, 8, 192), new)
+
+
+def test_zero_points_fit_symmetric_codes_of_one_bit_more() -> None:
+    spec = QuantSpec(4, 32, zero=Zero.CODES)
+    w = random_weight(spec, 16, 64)
+    assert QuantSpec(5, 32) in exact_forms(spec)
+    assert torch.equal(rewrite(w, QuantSpec(5, 32)).dequantize(), w.dequantize())
+
+
+def test_a_target_with_one_group_size_is_offered_it_first() -> None:
+    assert next(exact_forms(QuantSpec(4, 128), 32)).group_size == 32
+    assert next(exact_forms(QuantSpec(8, -1), 32)).group_size == 32
+    assert next(exact_forms(QuantSpec(4, 16), 32)).group_size == 16
+    assert next(exact_forms(QuantSpec(4, 128, act_order=True), 32)).group_size == 128

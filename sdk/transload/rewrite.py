@@ -3,6 +3,7 @@
 more bits         5-bit codes fit in 8 bits; a symmetric zero moves from 16 to 128 and the codes with it
 wider scales      float16 and bfloat16 are float32 numbers
 explicit zeros    a symmetric midpoint written out as a zero point per group
+implicit zeros    code minus zero point fits symmetric codes of one bit more
 smaller groups    a scale repeated; a row's one scale becomes one per group
 E2M1 as int8      its values times two are whole numbers up to 12, the scale is halved
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,21 +23,28 @@ from transload.quant import PER_CHANNEL, Grid, QTensor, QuantSpec, Zero
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 
-def exact_forms(spec: QuantSpec) -> Iterator[QuantSpec]:
+def exact_forms(spec: QuantSpec, group_size: int | None = None) -> Iterator[QuantSpec]:
     """Every scheme that holds all numbers of `spec`, itself first, then the nearest: bits, zeros, scales.
 
-    Groups stay as they are, because smaller ones cost memory; `rewrite` makes them when it is asked.
+    Groups stay as they are, because smaller ones cost memory, unless group_size says that the target has only one.
     """
+    if group_size is not None and _divides(group_size, spec):
+        spec = replace(spec, group_size=group_size)
     starts = [spec]
     if spec.grid is Grid.E2M1:
         starts.append(replace(spec, bits=8, grid=Grid.INT, zero=Zero.MIDPOINT))
+    if spec.zero is Zero.CODES and spec.bits < WIDTHS[-1]:
+        starts.append(replace(spec, bits=spec.bits + 1, zero=Zero.MIDPOINT))
+    seen = set()
     for start in starts:
         bits = [b for b in WIDTHS if b >= start.bits] if start.grid is Grid.INT else [start.bits]
         zeros = [start.zero] + ([Zero.CODES] if start.zero is Zero.MIDPOINT else [])
         scales = [start.scale_dtype] + ([torch.float32] if start.scale_dtype is not torch.float32 else [])
-        for dtype in scales:
-            for zero in zeros:
-                yield from (replace(start, bits=b, zero=zero, scale_dtype=dtype) for b in bits)
+        for dtype, zero, b in product(scales, zeros, bits):
+            form = replace(start, bits=b, zero=zero, scale_dtype=dtype)
+            if form not in seen:
+                seen.add(form)
+                yield form
 
 
 def rewrite(w: QTensor, spec: QuantSpec) -> QTensor:
@@ -47,6 +56,8 @@ def rewrite(w: QTensor, spec: QuantSpec) -> QTensor:
     if w.spec.grid is not spec.grid or w.spec.act_order != spec.act_order or spec.bits < w.spec.bits:
         raise ConfigError(f"{w.spec} cannot be rewritten as {spec} without changing numbers")
     w = _regrouped(w, spec.group_size)
+    if w.spec.zero is Zero.CODES and spec.zero is Zero.MIDPOINT and spec.bits > w.spec.bits:
+        w = _around_midpoint(w)
     codes, zeros = w.codes, w.zeros
     if w.spec.zero is Zero.MIDPOINT and spec.zero in (Zero.MIDPOINT, Zero.CODES):
         codes = codes + (spec.midpoint - w.spec.midpoint)
@@ -78,6 +89,21 @@ def _regrouped(w: QTensor, size: int) -> QTensor:
     parts = {name: getattr(w, name) for name in ("scales", "zeros", "mins")}
     spec = replace(w.spec, group_size=size)
     return replace(w, spec=spec, **{name: t[..., source] for name, t in parts.items() if t is not None})
+
+
+def _around_midpoint(w: QTensor) -> QTensor:
+    """Zero points subtracted from the codes: 0..15 minus 0..15 fits the signed range of 5 bits."""
+    assert w.zeros is not None
+    spec = replace(w.spec, bits=w.spec.bits + 1, zero=Zero.MIDPOINT)
+    shift = spec.midpoint - w.zeros  # in 1 .. midpoint, so that codes stay in their range without wrapping
+    return QTensor(spec, w.codes + shift[..., w.group_of_k()], w.scales, g_idx=w.g_idx)
+
+
+def _divides(size: int, spec: QuantSpec) -> bool:
+    """True when groups of `spec` are whole numbers of groups of `size`, as far as the spec says."""
+    if spec.act_order or spec.group_size == size:
+        return False
+    return spec.group_size == PER_CHANNEL or (spec.group_size > size and spec.group_size % size == 0)
 
 
 def _e2m1_as_int8(w: QTensor) -> QTensor:

@@ -59,6 +59,8 @@ class Format(ABC):
 
     name: ClassVar[str]
     container: ClassVar[str] = "safetensors"  # or "gguf", "onnx"
+    group_size: ClassVar[int | None] = None  # the only size of its groups, None where there are several
+    embeddings: ClassVar[bool] = False  # embedding tables may be quantized too
 
     @abstractmethod
     def detects(self, source: Source) -> bool:

@@ -38,6 +38,7 @@ class Neutral(Format):
     """Any QTensor, exactly."""
 
     name: ClassVar[str] = "transload"
+    embeddings: ClassVar[bool] = True
 
     def detects(self, source: Source) -> bool:
         """True when quantization_config names this format."""

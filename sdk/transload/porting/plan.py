@@ -109,7 +109,7 @@ def plan_port(source: Checkpoint, target: Target, options: Options) -> PortPlan:
             spec = entry.spec if options.act is None else replace(entry.spec, act=options.act[0])
             outputs = [place(name, spec, shape, expert) for name, shape, expert in pieces]
         plan.steps.append(Step(entry, tuple(outputs)))
-    if target.engine is not None:
+    if target.fuses:
         agree(plan, place)
     plan.refusals = place.refusals
     return plan
@@ -151,8 +151,7 @@ class Placer:
     def __call__(self, name: str, spec: QuantSpec, shape: tuple[int, ...], expert: int | None) -> Output:
         """Where a module goes: as it is, in an exact form, as floats, or requantized."""
         kept = kept_in_float(name)
-        native = self.target.format.name == "transload"
-        if isinstance(self.target.format, Plain) or (kept == "embedding" and not native):
+        if isinstance(self.target.format, Plain) or (kept == "embedding" and not self.target.format.embeddings):
             return self._dequantized(name, shape, expert)
         exact = None if self.options.everything else self._taken(name, spec, shape)
         if exact is not None:
@@ -188,12 +187,14 @@ class Placer:
 
     def _taken(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> QuantSpec | None:
         """The nearest exact form of a scheme that the target takes."""
-        return next((form for form in exact_forms(spec) if self.refuses(name, form, shape) is None), None)
+        forms = exact_forms(spec, self.target.format.group_size)
+        return next((form for form in forms if self.refuses(name, form, shape) is None), None)
 
     def _reason(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> str:
         """Why no form of a scheme is taken: the engine's reason where the format would hold one."""
-        held = [form for form in exact_forms(spec) if self.target.format.cannot_hold(form, shape) is None]
-        return self.refuses(name, held[0] if held else spec, shape) or ""
+        forms = list(exact_forms(spec, self.target.format.group_size))
+        held = [form for form in forms if self.target.format.cannot_hold(form, shape) is None]
+        return self.refuses(name, held[0] if held else forms[0], shape) or ""
 
     def _dequantized(self, name: str, shape: tuple[int, ...], expert: int | None) -> Output:
         plain = self.target.format

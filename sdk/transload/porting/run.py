@@ -63,6 +63,8 @@ def port(
     if requantize_all and spec is None:
         raise ConfigError("requantize_all without requantize: give the scheme, for example requantize='int4-g128'")
     target = find_target(to)
+    if target.format.container != "safetensors":
+        raise ConfigError(f"'{to}' needs a {target.format.container} file, and a port writes safetensors folders")
     source = open_checkpoint(src)
     plan = plan_port(source, target, Options(spec, requantize_all, _FLOATS[floats], _ACTIVATIONS[activations]))
     if plan.refusals:

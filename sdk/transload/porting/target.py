@@ -26,6 +26,11 @@ class Target:
     format: Format
     engine: Engine | None = None
 
+    @property
+    def fuses(self) -> bool:
+        """True when an engine will stack q, k and v of this format, so that they must share a scheme."""
+        return self.engine is not None and self.format.container == "safetensors"
+
     def refuses(self, module: str, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
         """None when the module can be written, and run by the engine where there is one; else the reason."""
         reason = self.format.cannot_hold(spec, shape)
@@ -43,21 +48,12 @@ def find_target(name: str) -> Target:
     engine, _, release = name.partition("==")
     found = [e for e in ENGINES if e.name == engine and release in ("", e.version)]
     if found:
-        return _writable(Target(name, _format_of(found[0]), found[0]))
+        return Target(name, _format_of(found[0]), found[0])
     try:
-        return _writable(Target(name, find_format(name)))
+        return Target(name, find_format(name))
     except ConfigError as e:
         engines = ", ".join(f"{e.name}=={e.version}" for e in ENGINES)
         raise ConfigError(f"{e}; and engines: {engines}") from e
-
-
-def _writable(target: Target) -> Target:
-    """A port writes folders of safetensors. Raises ConfigError for targets in other containers."""
-    if target.format.container != "safetensors":
-        raise ConfigError(
-            f"'{target.name}' needs a {target.format.container} file, and a port writes safetensors folders"
-        )
-    return target
 
 
 def _format_of(engine: Engine) -> Format:
