@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transload.errors import ConfigError
 from transload.launch.command import EngineCommand
 from transload.launch.environment import environment
@@ -15,22 +17,31 @@ HEALTH_PATH = "/health"
 
 
 def commands(
-    plan: Plan, model_path: str, engine_version: str | None = None, site: Site | None = None
+    plan: Plan, model_path: str | Mapping[str, str], engine_version: str | None = None, site: Site | None = None
 ) -> tuple[EngineCommand, ...]:
     """Every process that the plan needs, node by node within an instance, heads first.
 
-    model_path: the checkpoint folder as the nodes see it. engine_version: "0.32" or "vllm==0.32", to be sure that the
-    plan was made for it; None takes the plan's. Raises DoesNotFit for a plan that does not fit, ConfigError when the
+    model_path: the checkpoint folder as the nodes see it, or one for each platform ({"cuda": .., "ascend": ..}).
+    engine_version: "0.32" or "vllm==0.32", to be sure that the plan was made for it; None takes the plan's. Raises DoesNotFit for a plan that does not fit, ConfigError when the
     plan was made for another engine or its nodes contradict each other.
     """
     site = site or Site()
     _check_version(plan, engine_version)
     name = site.served_name or plan.model
     return tuple(
-        _command(instance, part, model_path, name, site)
+        _command(instance, part, path_for(instance, model_path), name, site)
         for instance in instances(plan, site.form)
         for part in instance.parts
     )
+
+
+def path_for(instance: Instance, model_path: str | Mapping[str, str]) -> str:
+    """The checkpoint that an instance serves. Raises ConfigError when none is given for its platform."""
+    platform = instance.plan.platform
+    path = model_path if isinstance(model_path, str) else model_path.get(platform, "")
+    if not path or "\0" in path:
+        raise ConfigError(f"no checkpoint is given for {platform}: write {platform}=PATH")
+    return path
 
 
 def api_port(instance: Instance, site: Site) -> int:
@@ -86,6 +97,6 @@ def _check_version(plan: Plan, wanted: str | None) -> None:
         planned_name, _, planned = deployment.engine.partition("==")
         if (name and name != planned_name) or short != planned:
             raise ConfigError(
-                f"engine {wanted}: the plan was made for {deployment.engine}; plan again with --engine {wanted}, or use "
-                f"{deployment.engine}"
+                f"engine {wanted}: the plan was made for {deployment.engine}; plan again with --engine "
+                f"{wanted}, or use {deployment.engine}"
             )

@@ -27,8 +27,6 @@ def environment(instance: Instance, part: NodePart, site: Site) -> dict[str, str
         env |= _network(platform, part, site)
     if platform == "ascend":
         env |= _ascend(instance, site)
-    if platform == "cpu" and instance.parallelism.tp * instance.parallelism.dp > 1:
-        env["VLLM_CPU_OMP_THREADS_BIND"] = "auto"
     if instance.plan.uneven:
         env["VLLM_PP_LAYER_PARTITION"] = ",".join(str(n) for n in instance.plan.cuts)
     return {**env, **site.env}

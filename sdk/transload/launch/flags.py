@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-
 from transload.launch.site import Site
 from transload.launch.topology import Instance, NodePart
 
 KV_DTYPES = {"fp8": "fp8", "int8": "int8"}  # bf16 is the engine's "auto"
+_FLOATS = ("bf16", "fp16", "fp32")
 
 
 def serve_flags(instance: Instance, site: Site, served_name: str, port: int) -> list[str]:
@@ -32,7 +31,7 @@ def serve_flags(instance: Instance, site: Site, served_name: str, port: int) -> 
     if d.kv_cache_dtype in KV_DTYPES:
         flags += ["--kv-cache-dtype", KV_DTYPES[d.kv_cache_dtype]]
     if d.platform == "ascend":
-        flags += _ascend(instance, site.additional_config)
+        flags += _ascend(instance, site)
     return flags
 
 
@@ -45,10 +44,12 @@ def _memory(instance: Instance) -> list[str]:
     return ["--kv-cache-memory-bytes", str(max(sizes))]
 
 
-def _ascend(instance: Instance, additional: Mapping[str, object]) -> list[str]:
-    flags = [] if instance.plan.recipe in ("bf16", "fp16") else ["--quantization", "ascend"]
-    if additional:
-        flags += ["--additional-config", json.dumps(additional, sort_keys=True)]
+def _ascend(instance: Instance, site: Site) -> list[str]:
+    """msModelSlim checkpoints need the plug-in's own method; others name theirs in config.json."""
+    quantized = instance.plan.recipe not in _FLOATS and not instance.plan.recipe.startswith("compressed-tensors")
+    flags = ["--quantization", "ascend"] if (quantized if site.msmodelslim is None else site.msmodelslim) else []
+    if site.additional_config:
+        flags += ["--additional-config", json.dumps(site.additional_config, sort_keys=True)]
     return flags
 
 

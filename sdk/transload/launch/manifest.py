@@ -21,9 +21,13 @@ class _Value(BaseModel):
 
 
 class ModelFiles(_Value):
-    """The checkpoint as the nodes see it. digest: of checkpoint.sha256 (see checkpoint.py); None when it was not here."""
+    """A checkpoint as the nodes of one platform see it; vendors may need different ones.
 
-    name: str
+    platform: "cuda", "ascend" or "cpu". digest: `checkpoint.fingerprint(path).digest` where the plan was rendered, None
+    when the checkpoint was not there.
+    """
+
+    platform: str
     path: str
     digest: str | None = None
 
@@ -62,7 +66,7 @@ class Process(_Value):
 class Manifest(_Value):
     """What a rendered folder holds.
 
-    nodes: every node of the plan in a fixed order, the k of `transload launch DIR --node k`. plan_digest: SHA-256 of
+    name: what clients call the model (--served-model-name). models: its checkpoints, one for each platform. nodes: every node of the plan in a fixed order, the k of `transload launch DIR --node k`. plan_digest: SHA-256 of
     plan.json in the folder. engines: what the plan was made for. files: SHA-256 of every other file as rendered, by
     name, which tells files that were edited since or belong to an older rendering.
     """
@@ -70,7 +74,8 @@ class Manifest(_Value):
     version: int = 1
     transload: str
     plan_digest: str
-    model: ModelFiles
+    name: str
+    models: tuple[ModelFiles, ...]
     engines: tuple[str, ...]
     formats: tuple[str, ...]
     nodes: tuple[str, ...]

@@ -24,6 +24,8 @@ class Site:
     form: how instances over several nodes start; "auto" takes the DP form where every data-parallel rank lies inside a
     node, else the engine's native multi-node mode, and Ray where nodes give unequal numbers of devices.
     arguments, env: appended to every engine's command line and environment. additional_config: vllm-ascend's own JSON.
+    msmodelslim: whether the Ascend checkpoint needs --quantization ascend; None decides by the plan's recipe.
+    hccl_buffsize: MB, held twice by every HCCL communicator.
     """
 
     addresses: Mapping[str, str] = field(default_factory=dict)
@@ -38,6 +40,7 @@ class Site:
     arguments: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     additional_config: Mapping[str, object] = field(default_factory=dict)
+    msmodelslim: bool | None = None
     hccl_buffsize: int = 200
 
     def __post_init__(self) -> None:
