@@ -19,6 +19,7 @@ from transload.formats import FORMATS
 from transload.formats.base import Entry, Format, Json, Source, naming
 from transload.formats.plain import declared_quantization
 from transload.headers.info import shown
+from transload.layouts import relaid
 from transload.quant import QTensor, QuantSpec
 from transload.source import open_source
 
@@ -92,6 +93,10 @@ class Checkpoint:
             raise ConfigError(f"{self.path}: {shown(entry.name)} is quantized: decode it")
         return self.format.read(self.source, entry)
 
+    def notes(self) -> list[str]:
+        """What is not among the entries, and why, in sentences."""
+        return self.format.notes(self.source)
+
     def contained_files(self) -> dict[str, bytes]:
         """Files by name that the container itself holds: tokenizer and settings of a GGUF file."""
         return self.format.files(self.source)
@@ -120,8 +125,12 @@ class Checkpoint:
         return next((self.entries[c] for c in candidates if c in self.entries), None)
 
 
-def open(path: str | Path) -> Checkpoint:
+def open(path: str | Path, layout: str = "stored") -> Checkpoint:
     """Opens the checkpoint at a path: a folder, a .safetensors file or a .gguf file. Reads headers and JSON only.
+
+    layout: "stored" shows the names that are on disk; "native" those of transformers' own class where the checkpoint is
+    in ChatGLM's layout (ChatGLM2/3, GLM-4-9b); "remote" ChatGLM's, for a checkpoint of the native class. Rows are cut
+    and joined when they are read, and no number changes.
 
     Raises FormatError for broken files, and Unsupported when the checkpoint declares a quantization that no format
     here reads.
@@ -129,7 +138,7 @@ def open(path: str | Path) -> Checkpoint:
     source = open_source(path)
     for format in FORMATS:
         if format.container == source.container and format.detects(source):
-            return Checkpoint(source, format)
+            return Checkpoint(source, relaid(source, format, layout))
     names = ", ".join(f.name for f in FORMATS)
     declared = declared_quantization(source) or source.container
     raise Unsupported(f"{source.path}: quantized by {shown(declared)}, which no format here reads; there are {names}")

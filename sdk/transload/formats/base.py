@@ -74,6 +74,10 @@ class Format(ABC):
         """Files that lie inside this container and beside the weights elsewhere: tokenizer, generation settings."""
         return {}
 
+    def notes(self, source: Source) -> list[str]:
+        """What of the source no entry holds, in sentences for a report, so that nothing goes silently."""
+        return []
+
     @abstractmethod
     def entries(self, source: Source) -> dict[str, Entry]:
         """Everything in the source, by entry name, from headers and JSON alone.

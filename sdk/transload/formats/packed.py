@@ -6,12 +6,14 @@ know packed rows, a transpose replaces unpacking and packing; tests prove that t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from transload import bits
+from transload.errors import ConfigError
 from transload.quant import PER_CHANNEL, QTensor, QuantSpec
 
 
@@ -41,6 +43,11 @@ class PackedRows:
         size = self.k if self.spec.group_size == PER_CHANNEL else self.spec.group_size
         return torch.arange(self.k) // max(size, 1)
 
+    def rows(self, start: int, stop: int) -> PackedRows:
+        """Output rows start .. stop - 1, numbers untouched."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return replace(self, words=self.words[start:stop], scales=self.scales[start:stop], zeros=zeros)
+
     @staticmethod
     def possible(spec: QuantSpec, k: int) -> bool:
         """True when a row fills its words, so that no padding can differ."""
@@ -51,3 +58,21 @@ class PackedRows:
         return QTensor(
             self.spec, bits.unpack(self.words, self.spec.bits, self.k), self.scales, self.zeros, g_idx=self.g_idx
         )
+
+
+def join_rows(parts: Sequence[PackedRows]) -> PackedRows:
+    """Weights with the same input below each other, numbers untouched. Raises ConfigError when schemes differ."""
+    first = parts[0]
+    for part in parts[1:]:
+        same_order = (part.g_idx is None and first.g_idx is None) or (
+            part.g_idx is not None and first.g_idx is not None and torch.equal(part.g_idx, first.g_idx)
+        )
+        if part.spec != first.spec or part.k != first.k or not same_order:
+            raise ConfigError(f"cannot join rows of different schemes: {first.spec} and {part.spec}")
+    zeros = [p.zeros for p in parts if p.zeros is not None]
+    return replace(
+        first,
+        words=torch.cat([p.words for p in parts]),
+        scales=torch.cat([p.scales for p in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
+    )
