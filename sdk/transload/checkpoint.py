@@ -19,7 +19,7 @@ from transload.formats import FORMATS
 from transload.formats.base import Entry, Format, Json, Source, naming
 from transload.formats.plain import declared_quantization
 from transload.headers.info import shown
-from transload.layouts import relaid
+from transload.layouts import hints, relaid
 from transload.quant import QTensor, QuantSpec
 from transload.source import open_source
 
@@ -94,8 +94,8 @@ class Checkpoint:
         return self.format.read(self.source, entry)
 
     def notes(self) -> list[str]:
-        """What is not among the entries, and why, in sentences."""
-        return self.format.notes(self.source)
+        """What is not among the entries, and what is to be known about the layout, in sentences."""
+        return [*self.format.notes(self.source), *hints(self.config)]
 
     def contained_files(self) -> dict[str, bytes]:
         """Files by name that the container itself holds: tokenizer and settings of a GGUF file."""

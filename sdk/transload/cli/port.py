@@ -38,6 +38,13 @@ def port(
     activations: Annotated[
         str, typer.Option(help="keep those of the source, or declare int8 (dynamic, per token) or 16bit.")
     ] = "keep",
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="stored keeps the names; native turns ChatGLM's own layout (ChatGLM2/3, GLM-4-9b) into transformers' "
+            "GlmForCausalLM, which needs no remote code; remote turns it back."
+        ),
+    ] = "stored",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target if it exists.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a port that was killed.")] = False,
     modules: Annotated[bool, typer.Option("--modules", help="One row for every module.")] = False,
@@ -55,6 +62,7 @@ def port(
             requantize_all=requantize_all,
             floats=floats,
             activations=activations,
+            layout=layout,
             overwrite=overwrite,
             resume=resume,
             progress=update,

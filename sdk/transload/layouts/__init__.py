@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from transload.errors import ConfigError
 from transload.formats.base import Format, Source
+from transload.headers.info import shown
 from transload.layouts.view import Relaid
 from transload.models import chatglm
 from transload.models.chatglm_tokenizer import native_files
+from transload.models.info import FAMILIES
 
 LAYOUTS = ("stored", "native", "remote")
 _CODE = "modeling_chatglm.py"
@@ -34,6 +37,18 @@ def relaid(source: Source, format: Format, layout: str) -> Format:
     return format
 
 
+def hints(config: Mapping[str, object]) -> list[str]:
+    """What a report says about a model's layout: another one that exists, or that nothing is known about it."""
+    nested = config.get("text_config")
+    inner = nested.get("model_type") if isinstance(nested, Mapping) else None
+    types = [t for t in (config.get("model_type"), inner) if isinstance(t, str)]
+    if chatglm.REMOTE in types and "GlmForCausalLM" not in str(config.get("architectures")):
+        return ["layout: ChatGLM's own, which transformers runs with remote code only; layout native needs none"]
+    if types and not any(t in FAMILIES for t in types):
+        return [f"model_type {shown(types[0])} is not known here: every name and shape is carried as it is stored"]
+    return []
+
+
 def _code(folder: Path) -> str | None:
     """The text of the publisher's code beside the weights; it is searched and never run."""
     file = folder / _CODE
@@ -42,4 +57,4 @@ def _code(folder: Path) -> str | None:
     return file.read_text(encoding="utf-8", errors="replace")
 
 
-__all__ = ["LAYOUTS", "relaid"]
+__all__ = ["LAYOUTS", "hints", "relaid"]

@@ -162,6 +162,7 @@ class Job:
         self._files = tuple(names)
 
     def _notes(self) -> Iterator[str]:
+        yield from self.source.notes()
         code = [file.name for file in self.source.custom_code()]
         if code:
             yield f"code beside the weights was not copied: {', '.join(code)}"

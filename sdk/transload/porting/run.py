@@ -34,6 +34,7 @@ def port(
     requantize_all: bool = False,
     floats: str = "fp32",
     activations: str = "keep",
+    layout: str = "stored",
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
@@ -46,7 +47,9 @@ def port(
     requantize: a scheme ("int4-g128", see `requantize.parse_spec`) for modules that the format cannot hold exactly;
     requantize_all: for every quantized module. floats: dtype of quantized tensors that the target keeps in float
     (embeddings): fp32 is exact, bf16 and fp16 round and are reported. activations: "keep" the source's, or declare
-    "int8" (dynamic, per token) or "16bit"; weights stay as they are. resume: continue a killed port of the same job.
+    "int8" (dynamic, per token) or "16bit"; weights stay as they are. layout: "stored" keeps the
+    names of the source; "native" and "remote" move between ChatGLM's own layout and transformers' `glm` (see
+    `transload.open`). resume: continue a killed port of the same job.
     progress: called with bytes done, bytes in all, and the module at work.
 
     The folder appears when it is complete and has been read back and compared. Raises CannotHold, before anything is
@@ -65,12 +68,12 @@ def port(
     target = find_target(to)
     if target.format.container != "safetensors":
         raise ConfigError(f"'{to}' needs a {target.format.container} file, and a port writes safetensors folders")
-    source = open_checkpoint(src)
+    source = open_checkpoint(src, layout)
     plan = plan_port(source, target, Options(spec, requantize_all, _FLOATS[floats], _ACTIVATIONS[activations]))
     if plan.refusals:
         raise refused(source, plan)
     job = Job(source, plan, Path(dst), progress or (lambda done, total, what: None))
-    identity = f"{source.path.resolve()} {_stamp(source)} {to} {plan.options}"
+    identity = f"{source.path.resolve()} {_stamp(source)} {to} {layout} {plan.options}"
     with Writer(dst, plan.layout(), source=source.path, overwrite=overwrite, resume=resume, job=identity) as writer:
         job.write(writer)
         job.compare(writer.partial)

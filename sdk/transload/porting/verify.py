@@ -66,6 +66,8 @@ def verify(left: str | Path, right: str | Path, progress: Progress | None = None
     compared with single ones. Raises FormatError when a checkpoint is broken.
     """
     a, b = open_checkpoint(left), open_checkpoint(right)
+    if a.config.get("model_type") != b.config.get("model_type"):  # one of them may be in another layout
+        a, b = open_checkpoint(left, "native"), open_checkpoint(right, "native")
     mine, theirs = _places(a), _places(b)
     read_left, read_right = _Reader(a), _Reader(b)
     total = sum(entry.stored_bytes for entry in a.entries.values())
