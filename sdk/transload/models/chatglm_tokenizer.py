@@ -19,6 +19,7 @@ from transload.headers import read_json
 from transload.models.sentencepiece import SentencePiece, read_sentencepiece
 
 _MODEL, _JSON, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+_CODE = "tokenization_chatglm.py"
 _MOST_BYTES = 1 << 26
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -31,6 +32,8 @@ _GLM4_SPECIAL = (
 _CHATGLM_SPECIAL = (
     "[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
 )  # fmt: skip
+_ROLES = _CHATGLM_SPECIAL[5:]  # of ChatGLM3; in ChatGLM2 these words are text
+_CLASSES = ("ChatGLMTokenizer", "ChatGLM4Tokenizer")
 # Fields of tokenizer_config.json that say how the publisher's own class is found and built.
 _OF_THE_CODE = ("auto_map", "tokenizer_class", "added_tokens_decoder", "do_lower_case", "remove_space")
 
@@ -42,9 +45,7 @@ def native_files(folder: Path) -> dict[str, bytes]:
     """
     settings = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     model = folder / _MODEL
-    if (folder / _JSON).is_file():
-        return {_CONFIG: _settings(settings, {})} if "auto_map" in settings else {}
-    if not model.is_file():
+    if str(settings.get("tokenizer_class")) not in _CLASSES or not model.is_file() or (folder / _JSON).is_file():
         return {}
     if model.stat().st_size > _MOST_BYTES:
         raise FormatError(f"{model}: {model.stat().st_size} bytes are too many for a vocabulary")
@@ -55,11 +56,19 @@ def native_files(folder: Path) -> dict[str, bytes]:
         tokenizer, names = _tiktoken(ranks, special), ("<sop>", "<|endoftext|>", "<|endoftext|>")
     else:
         pieces = read_sentencepiece(data, str(model))
-        special = _special(settings, _CHATGLM_SPECIAL, len(pieces.tokens), model)
+        usual = _CHATGLM_SPECIAL if _knows_roles(folder, settings) else _CHATGLM_SPECIAL[:5]
+        special = _special(settings, usual, len(pieces.tokens), model)
         tokenizer, names = _sentencepiece(pieces, special), ("sop", "</s>", "<unk>")
     _begin(tokenizer, names[0])
     own = {"eos_token": names[1], "pad_token": names[2], "additional_special_tokens": list(special)}
     return {_JSON: tokenizer.to_str(pretty=True).encode(), _CONFIG: _settings(settings, own)}
+
+
+def _knows_roles(folder: Path, settings: Mapping[str, object]) -> bool:
+    """True for ChatGLM3: its chat template, or the code beside it, names the roles."""
+    code = folder / _CODE
+    text = code.read_text(encoding="utf-8", errors="replace") if code.is_file() else ""
+    return _ROLES[-1] in json.dumps(settings) or _ROLES[-1] in text
 
 
 def _settings(stored: Mapping[str, object], own: Mapping[str, object]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -12,6 +13,7 @@ from transload import checkpoint as checkpoints
 from transload.checkpoint import Checkpoint
 from transload.errors import ConfigError
 from transload.formats.gguf import metadata_of
+from transload.models.chatglm_tokenizer import native_files
 from transload.models.gguf_assets import tokenizer_of
 from transload.models.gguf_config import generation_config
 
@@ -49,7 +51,15 @@ def generation_settings(checkpoint: Checkpoint) -> GenerationConfig | None:
 
 
 def _of_folder(folder: Path, trust_remote_code: bool) -> Any:
+    made = {} if trust_remote_code else native_files(folder)
+    with TemporaryDirectory() as empty:
+        for name, data in made.items():
+            Path(empty, name).write_bytes(data)
+        return _loaded(folder, Path(empty) if made else folder, trust_remote_code)
+
+
+def _loaded(folder: Path, files: Path, trust_remote_code: bool) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(files, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as e:
         raise ConfigError(f"{folder}: no tokenizer could be loaded ({e}); give tokenizer=") from e
