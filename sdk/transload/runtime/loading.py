@@ -53,7 +53,7 @@ def load(
     Raises ConfigError for requests that contradict the checkpoint, FormatError for broken files or missing weights,
     NoBackend, NoKernel, Unsupported.
     """
-    checkpoint = checkpoints.open(path)
+    checkpoint = checkpoints.open(path, "stored" if trust_remote_code else "native")
     quantized = any(entry.spec is not None for entry in checkpoint.entries.values())
     recipe = _recipe(checkpoint, quantized, scheme, bits, quantize)
     backend, found = find_device(recipe.device if recipe is not None and device == "auto" else device)
