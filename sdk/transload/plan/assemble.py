@@ -203,7 +203,7 @@ def module_places(fitter: Fitter) -> tuple[ModulePlace, ...]:
         embed,
         *layers,
         ModulePlace(name=names.norm, size=last[Part.NORM].total),
-        ModulePlace(name=names.head, size=head),
+        ModulePlace(name=names.head, size=head, tied_to=names.embed if info.tied else ""),
     )
 
 

@@ -23,12 +23,24 @@ _PREFIX = {"cuda": "", "ascend": "npu:"}
 def device_map(plan: Plan) -> dict[str, int | str]:
     """Module name -> device, in model order: 0, 1 .. for CUDA, "npu:0" for Ascend, "cpu", "disk".
 
-    Rooms are filled in order and never returned to, so that a request passes every device once.
+    Rooms are filled in order and never returned to, so that a request passes every device once; a head that is tied to
+    the embedding lies beside it. Where some layers go to disk, RAM keeps room for the largest of them on its way.
     Raises DoesNotFit when they are too small, naming the first module that finds no place.
     """
+    out = _filled(plan, 0)
+    if "disk" in out.values():
+        out = _filled(plan, max(m.size for m in plan.modules))
+    return out
+
+
+def _filled(plan: Plan, passing: int) -> dict[str, int | str]:
+    """passing: bytes of RAM kept free for modules on their way from the disk."""
     out: dict[str, int | str] = {}
-    at, left = 0, [room.size for room in plan.rooms]
+    at, left = 0, [room.size - (passing if room.device == "cpu" else 0) for room in plan.rooms]
     for module in plan.modules:
+        if module.tied_to:
+            out[module.name] = out[module.tied_to]
+            continue
         size = module.size + module.cache
         while at < len(left) and left[at] < size:
             at += 1
@@ -50,12 +62,12 @@ def rooms(cluster: Cluster, fitters: dict[str, Fitter]) -> tuple[Room, ...]:
         device = entry.resolve()
         fitter = fitters[device.platform]
         budget = math.ceil(device.memory * min(fitter.utilization, entry.usable))
-        if device.platform == "cpu":
-            host += budget * entry.count
-            continue
         batch = Batch(min(2048, fitter.workload.context), 1)
         lines = overheads(fitter.model, Shape(), 0, True, batch, fitter.workload, fitter.constants)
         room = max(0, budget - sum(line.size for line in lines))
+        if device.platform == "cpu":
+            host += room + budget * (entry.count - 1)
+            continue
         for _ in range(entry.count):
             name = f"{_PREFIX[device.platform]}{index}"
             found.append(Room(device=int(name) if name.isdecimal() else name, size=room))

@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from transload.plan.catalogue import DeviceType, devices
+from transload.plan.cluster import Cluster
 from transload.plan.units import show_bytes
 
 _TIMEOUT = 20  # seconds
@@ -17,7 +19,9 @@ _TIMEOUT = 20  # seconds
 def cluster_text() -> str:
     """A commented YAML cluster file for this machine; an example to fill in where no device was found."""
     found = [*_nvidia(), *_ascend()]
-    ram = _ram()
+    ram = _memory("MemTotal")
+    spare = max(ram - (16 << 30), 0) >> 30
+    free = show_bytes(shutil.disk_usage(tempfile.gettempdir()).free)
     head = [
         "# A cluster for `transload plan MODEL --cluster THIS_FILE`.",
         "# Sizes take B, KB, MB, GB, TB (powers of ten) and KiB, MiB, GiB, TiB. Device names: docs/planner.md.",
@@ -30,8 +34,8 @@ def cluster_text() -> str:
     ]
     body = _device_lines(found) if found else _no_device_lines(ram)
     tail = [
-        f"    host_memory: {max(ram - (16 << 30), 0) >> 30} GiB   # RAM that offloading may use, here all but 16 GiB",
-        "    disk: 0 GiB             # disk that offloading may use",
+        f"    host_memory: {spare if found else 0} GiB    # RAM that layers may be offloaded to",
+        f"    disk: 0 GiB             # disk that layers may be offloaded to, {free} are free here",
         "",
         "links:",
         "  between_nodes: 25 GB      # bytes a second and node, one direction (200 Gb/s = 25 GB)",
@@ -39,6 +43,25 @@ def cluster_text() -> str:
         "",
     ]
     return "\n".join([*head, *body, *tail])
+
+
+def this_machine() -> Cluster:
+    """This machine as a cluster of one node, with what is free of it now: for placing a model here."""
+    entries: list[dict[str, object]] = []
+    for name, total, free in _nvidia_memory():
+        known = match(name)
+        entry: dict[str, object] = {"type": known.name if known is not None else "gpu", "platform": "cuda"}
+        entries.append({**entry, "memory": total, "usable": max(0.01, min(1.0, free / total))})
+    for name, count, memory in _ascend():
+        known = match(name)
+        entry = {"type": known.name if known is not None else "npu", "platform": "ascend", "count": count}
+        entries.append({**entry, **({"memory": memory} if memory else {})})
+    free_ram = max(_memory("MemAvailable") - (1 << 30), 1 << 28)
+    disk = shutil.disk_usage(tempfile.gettempdir()).free // 2
+    if not entries:
+        entries, free_ram = [{"type": "CPU", "memory": free_ram}], 0
+    node = {"name": _host(), "devices": entries, "host_memory": free_ram, "disk": disk}
+    return Cluster.model_validate({"name": "this machine", "nodes": [node]})
 
 
 def _device_lines(found: list[tuple[str, int, int]]) -> list[str]:
@@ -87,14 +110,21 @@ def _plain(name: str) -> str:
 
 
 def _nvidia() -> list[tuple[str, int, int]]:
-    out = _run(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"])
     counts: dict[tuple[str, int], int] = {}
-    for line in out.splitlines():
-        name, _, mib = line.rpartition(",")
-        if mib.strip().isdecimal():
-            key = (name.strip(), int(mib) << 20)
-            counts[key] = counts.get(key, 0) + 1
+    for name, total, _ in _nvidia_memory():
+        counts[name, total] = counts.get((name, total), 0) + 1
     return [(name, count, memory) for (name, memory), count in counts.items()]
+
+
+def _nvidia_memory() -> list[tuple[str, int, int]]:
+    """(name, total bytes, free bytes) of every card that nvidia-smi lists."""
+    out = _run(["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"])
+    rows = [[field.strip() for field in line.rsplit(",", 2)] for line in out.splitlines()]
+    return [
+        (row[0], int(row[1]) << 20, int(row[2]) << 20)
+        for row in rows
+        if len(row) == 3 and row[1].isdecimal() and row[2].isdecimal() and int(row[1])
+    ]
 
 
 def _ascend() -> list[tuple[str, int, int]]:
@@ -117,12 +147,13 @@ def _run(command: list[str]) -> str:
         return ""
 
 
-def _ram() -> int:
+def _memory(row: str) -> int:
+    """Bytes in a row of /proc/meminfo, 16 GiB where there is none."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
         return 16 << 30
-    found = re.search(r"MemTotal:\s*(\d+) kB", text)
+    found = re.search(rf"{row}:\s*(\d+) kB", text)
     return int(found[1]) << 10 if found else 16 << 30
 
 

@@ -136,11 +136,15 @@ class Option(_Value):
 
 
 class ModulePlace(_Value):
-    """A module of the checkpoint when whole, for placement by layers: its weights, and the cache of one request."""
+    """A module of the checkpoint when whole, for placement by layers: its weights, and the cache of one request.
+
+    tied_to: the module whose numbers it shares, and beside which it is placed.
+    """
 
     name: str
     size: int
     cache: int = 0
+    tied_to: str = ""
 
 
 class Room(_Value):

@@ -17,6 +17,7 @@ from transload.checkpoint import Checkpoint
 from transload.errors import ConfigError
 from transload.quant import PER_CHANNEL, SCALE_DTYPES, QuantSpec, Zero
 from transload.runtime.placement import SCHEMES
+from transload.runtime.spread import Spread
 
 Progress = Callable[[int, int], None]  # bytes of the checkpoint that are in place, of how many
 
@@ -71,6 +72,7 @@ class TransloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.skip_modules = [*(skip_modules or ()), *(modules_to_not_convert or ())]
         self.version, self.schemes = version, schemes
         self._reading: tuple[Checkpoint | None, Progress | None] = (None, None)
+        self._spread: Spread | None = None
         self._spec(group_size)  # raises ConfigError for impossible bits and groups
 
     def spec(self, k: int) -> QuantSpec:
@@ -95,6 +97,15 @@ class TransloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def take_reading(self) -> tuple[Checkpoint | None, Progress | None]:
         """What `reading` was given, once: it does not stay with a configuration that models keep and copy."""
         taken, self._reading = self._reading, (None, None)
+        return taken
+
+    def spreading(self, spread: Spread) -> None:
+        """Makes this the configuration for a model that lies on several devices, or partly on disk."""
+        self._spread = spread
+
+    def take_spread(self) -> Spread | None:
+        """What `spreading` was given, once."""
+        taken, self._spread = self._spread, None
         return taken
 
     @property

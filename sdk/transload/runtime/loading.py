@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -26,7 +26,11 @@ from transload.errors import ConfigError, FormatError, Unsupported
 from transload.hal import Device, find_device
 from transload.runtime.config import Progress, TransloadConfig
 from transload.runtime.floats import float_state
+from transload.runtime.spread import Spread
 from transload.runtime.tokenizers import generation_settings
+
+if TYPE_CHECKING:
+    from transload.plan.result import Plan
 
 
 def load(
@@ -39,6 +43,8 @@ def load(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    plan: Plan | Mapping[str, str | int] | str | None = None,
+    offload_folder: str | Path | None = None,
 ) -> PreTrainedModel:
     """A model from a GGUF file or a Hugging Face folder of any format that Transload reads, ready to generate.
 
@@ -49,33 +55,47 @@ def load(
     None: as stored. What runs in the end, module by module, is in `transload.runtime.report(model)`.
     dtype: of activations and float weights; by default float32 on the CPU and the checkpoint's own elsewhere.
     progress: called with the bytes in place and the bytes in all.
+    plan: spreads the model over this machine by whole layers: devices first, then RAM, then disk. A Plan, a device_map
+    (module name -> 0, "npu:0", "cpu", "disk"), or "auto": planned here for what this machine has free. Layers in RAM
+    are computed on the CPU. offload_folder: for what lies on disk; a temporary folder when None.
 
     Raises ConfigError for requests that contradict the checkpoint, FormatError for broken files or missing weights,
-    NoBackend, NoKernel, Unsupported.
+    DoesNotFit when a plan finds no place for a layer, NoBackend, NoKernel, Unsupported.
     """
     checkpoint = checkpoints.open(path, "stored" if trust_remote_code else "native")
     quantized = any(entry.spec is not None for entry in checkpoint.entries.values())
     recipe = _recipe(checkpoint, quantized, scheme, bits, quantize)
+    spread = _spread(path, plan, device, recipe, quantized, offload_folder)
+    if spread is not None:
+        device = str(spread.first)
+        spread = None if spread.alone is not None else spread
     backend, found = find_device(recipe.device if recipe is not None and device == "auto" else device)
-    config = _config(checkpoint, trust_remote_code)
+    config = model_config(checkpoint, trust_remote_code)
     if recipe is not None:
         recipe.device = f"{found.backend}:{found.index}"
         if quantized:
             recipe.reading(checkpoint, progress)
-    with _no_bars(), torch.no_grad():
-        model, info = _class(config, checkpoint.path).from_pretrained(
+        if spread is not None:
+            recipe.spreading(spread)
+    with _no_bars(), _named_gaps(checkpoint, spread), torch.no_grad():
+        model, info = model_class(config, checkpoint.path).from_pretrained(
             None,
             config=config,
             state_dict=float_state(checkpoint),
             quantization_config=recipe,
             dtype=dtype or _default_dtype(config, checkpoint, found, recipe is not None),
-            device_map={"": backend.torch_device(found)},
+            device_map=_device_map(spread, recipe, backend.torch_device(found)),
+            offload_folder=str(spread.folder) if spread is not None and spread.disk else None,
             output_loading_info=True,
             **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         )
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise FormatError(f"{checkpoint.path}: {len(info['missing_keys'])} weights of the model are missing: {some}")
+    if spread is not None and recipe is not None:
+        spread.attach(model)
+    elif spread is not None:
+        spread.keep(model)
     model.config.name_or_path = model.name_or_path = str(checkpoint.path)
     settings = generation_settings(checkpoint)
     if settings is not None and model.can_generate():
@@ -109,7 +129,40 @@ def _recipe(
     return recipe
 
 
-def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
+def _spread(
+    path: str | Path,
+    plan: Plan | Mapping[str, str | int] | str | None,
+    device: str,
+    recipe: TransloadConfig | None,
+    quantized: bool,
+    folder: str | Path | None,
+) -> Spread | None:
+    """Where the modules go, None when nothing was asked for. Raises ConfigError when a device was asked for as well."""
+    if plan is None:
+        return None
+    if device != "auto":
+        raise ConfigError(f"device '{device}' and a plan were both given: the plan names the devices")
+    if isinstance(plan, Mapping):
+        return Spread(plan, folder)
+    if isinstance(plan, str):
+        if plan != "auto":
+            raise ConfigError(f"plan '{plan:.40}': give a Plan, a device_map, or 'auto'")
+        from transload.plan.discover import this_machine
+        from transload.plan.planner import plan as make_plan
+
+        rounded = f"int{recipe.bits}-g{recipe.group_size}" if recipe is not None and not quantized else None
+        plan = make_plan(path, this_machine(), recipe=rounded)
+    return Spread(plan.device_map(), folder)
+
+
+def _device_map(spread: Spread | None, recipe: TransloadConfig | None, one: torch.device) -> dict[str, Any]:
+    """What transformers is told: all of a float model's places; of a quantized one only where float tensors arrive."""
+    if spread is None:
+        return {"": one}
+    return {"": torch.device("cpu")} if recipe is not None else spread.for_floats()
+
+
+def model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
     """The model's configuration without its quantization, which is read by Transload and not by transformers."""
     fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
     if "auto_map" in fields and trust_remote_code:
@@ -128,7 +181,7 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig
         ) from e
 
 
-def _class(config: PretrainedConfig, folder: Path) -> Any:
+def model_class(config: PretrainedConfig, folder: Path) -> Any:
     """The model class that config.json names, else the one transformers has for text generation."""
     custom = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" in custom:
@@ -152,6 +205,17 @@ def _default_dtype(config: PretrainedConfig, checkpoint: Checkpoint, device: Dev
     stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.get(floats[0] if floats else "")
     fallback = torch.float32 if device.backend == "cpu" else torch.bfloat16
     return own or stored or fallback
+
+
+@contextmanager
+def _named_gaps(checkpoint: Checkpoint, spread: Spread | None) -> Iterator[None]:
+    """Turns accelerate's complaint about modules that a device_map leaves out into a ConfigError."""
+    try:
+        yield
+    except ValueError as e:
+        if spread is None or "device_map" not in str(e):
+            raise
+        raise ConfigError(f"{checkpoint.path}: the plan leaves modules without a place: {str(e)[:300]}") from e
 
 
 @contextmanager

@@ -38,6 +38,7 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: TransloadConfig, pre_quantized: bool = True, **unused: object) -> None:
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         self._checkpoint, self._progress = quantization_config.take_reading()
+        self._spread = quantization_config.take_spread()
         self.pre_quantized = quantization_config.stored or self._checkpoint is not None
         self._device_map: Mapping[str, Any] | None = None
         self._dtype = torch.float32
@@ -81,7 +82,9 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         """Puts stand-ins into the model, which is still on the meta device."""
         config = self.quantization_config
-        self._targets = Targets(target(config.device, config.scheme, self._dtype), self._device_map)
+        if self._spread is not None:
+            self._spread.on(model)
+        self._targets = Targets(target(config.device, config.scheme, self._dtype), self._device_map, self._spread)
         if not self.pre_quantized:
             self._rounded = RoundedWeights(config, model, self._targets)
             self.kept, self.notes = self._rounded.kept, self._rounded.notes

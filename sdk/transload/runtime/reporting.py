@@ -104,7 +104,7 @@ def _parts(weight: PackedWeight | SplitWeight | RowStore) -> list[PackedWeight |
 def _describe(name: str, kind: str, w: PackedWeight | RowStore, note: str | None, counted: bool) -> ModuleReport:
     notes = (note,) if note else ()
     nbytes = 0 if counted else sum(t.nbytes for t in w.buffers())
-    device = str(next(w.buffers()).device)
+    device = str(next(w.buffers()).device).replace("meta", "disk")
     if isinstance(w, RowStore) or kind == "embedding":
         scheme = f"W{w.spec.bits}"
         spec = str(w.spec.weights_only())

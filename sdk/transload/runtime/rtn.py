@@ -85,6 +85,7 @@ class RoundedWeights:
             fill_tied(model, parameter, followers, w, to)
         else:
             standins.fill(model, parameter, w, to)
+            self.targets.filled(model, standins.owner_of(parameter))
 
 
 class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]

@@ -28,6 +28,8 @@ def stored_state(
     per expert. Memory: the written tensors and one module.
     """
     standins = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
+    if any(p.device.type == "meta" for module in standins.values() for p in (*module.parameters(), *module.buffers())):
+        raise Unsupported("a model that lies partly on disk is not saved: load it whole, or port its checkpoint")
     weights = _weights(standins)
     tensors, recipes = _names_on_disk(model, standins, weights, conversions)
 

@@ -63,6 +63,7 @@ class StoredWeights:
                 fill_tied(model, parameter, group[1:], w, to)
             else:
                 standins.fill(model, parameter, w, to)
+                targets.filled(model, standins.owner_of(parameter))
             if progress is not None:
                 done += sum(entries[name].stored_bytes for name in recipe.sources())
                 progress(done, total)

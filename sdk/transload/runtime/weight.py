@@ -31,6 +31,12 @@ class PackedWeight(nn.Module):
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # tells transformers not to touch it
             self.register_buffer(_PREFIX + name, tensor)
         self._is_hf_initialized = True
+        self.lent = False
+
+    def lend(self) -> None:
+        """From now on the tensors come and go with accelerate's hooks: none of them is kept here between two calls."""
+        empty = {name: tensor.to("meta") for name, tensor in self._packed.tensors.items()}
+        self._packed, self.lent = replace(self._packed, tensors=empty), True
 
     @property
     def packed(self) -> Packed:
@@ -43,7 +49,10 @@ class PackedWeight(nn.Module):
         for name, tensor in self._packed.tensors.items():
             if buffers[_PREFIX + name] is not tensor:
                 tensors = {name: cast(Tensor, buffers[_PREFIX + name]) for name in self._packed.tensors}
-                self._packed = replace(self._packed, tensors=tensors)
+                fresh = replace(self._packed, tensors=tensors)
+                if self.lent:
+                    return fresh
+                self._packed = fresh
                 break
         return self._packed
 
