@@ -65,6 +65,15 @@ def test_a_tied_embedding_is_in_memory_once(tmp_path: Path) -> None:
     assert distance(logits(model), logits(float_twin(config, meant))) < W4A16
 
 
+def test_tying_again_after_loading_changes_nothing(tmp_path: Path) -> None:
+    """Evaluation harnesses call tie_weights on a model that they are given."""
+    build(BY_ARCH["qwen2"], tmp_path / "m.gguf", tied=True)
+    model = transload.load(tmp_path / "m.gguf", "cpu")
+    before = model(torch.arange(6).unsqueeze(0)).logits
+    model.tie_weights()
+    assert torch.equal(model(torch.arange(6).unsqueeze(0)).logits, before)
+
+
 @pytest.mark.parametrize("target", ["compressed-tensors", "gptq", "awq"])
 def test_other_formats_give_the_same_model(target: str, tmp_path: Path) -> None:
     make("llama", tmp_path / "float")

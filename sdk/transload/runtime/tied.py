@@ -30,10 +30,20 @@ def take_ties(model: PreTrainedModel, quantized: Container[str], stored: Contain
         if source not in quantized and target not in quantized:
             continue
         del model.all_tied_weights_keys[target]
+        _forget_tie(model, target)
         with_numbers, follower = (source, target) if source in quantized else (target, source)
         if follower not in quantized and follower not in stored:
             ties[with_numbers] = (*ties.get(with_numbers, ()), follower)
     return ties
+
+
+def _forget_tie(model: PreTrainedModel, target: str) -> None:
+    """Takes a tie out of what `model.tie_weights()` would work from when it is called again, after loading."""
+    for name, module in model.named_modules():
+        keys = getattr(module, "_tied_weights_keys", None) if isinstance(module, PreTrainedModel) else None
+        local = target.removeprefix(f"{name}.") if name else target
+        if isinstance(keys, dict) and local in keys:
+            module._tied_weights_keys = {key: source for key, source in keys.items() if key != local}
 
 
 def fill_tied(model: nn.Module, parameter: str, followers: tuple[str, ...], w: Weight, to: Target) -> None:
