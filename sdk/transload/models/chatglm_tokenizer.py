@@ -175,9 +175,10 @@ def _begin(tokenizer: Any, start: str) -> None:
 
 
 def _added(special: Mapping[str, int]) -> list[Any]:
+    """Special tokens to be found in text; sop and eop, which are letters only, not inside a word (philosophy)."""
     from tokenizers import AddedToken
 
-    return [AddedToken(token, special=True, normalized=False) for token in special]
+    return [AddedToken(token, special=True, normalized=False, single_word=token.isalpha()) for token in special]
 
 
 def _byte_letters() -> dict[int, str]:

@@ -1,0 +1,113 @@
+"""ChatGLM's tokenizers without their code: the numbers of tiktoken and sentencepiece, broken files refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import chatglm_oracle as chatglm
+import pytest
+from transformers import AutoTokenizer
+
+import transload
+from transload.errors import FormatError, TransloadError
+from transload.models.chatglm_tokenizer import native_files
+from transload.runtime import tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+EXPECTED = json.loads((GOLDEN / "chatglm_tokens.json").read_text(encoding="utf-8"))
+CLASSES = {"tiktoken": "ChatGLM4Tokenizer", "sentencepiece": "ChatGLMTokenizer"}
+START = {"tiktoken": ["[gMASK]", "<sop>"], "sentencepiece": ["[gMASK]", "sop"]}
+
+
+def folder_with(kind: str, folder: Path, **settings: Any) -> Path:
+    """A folder as the publisher has it: tokenizer.model, and a configuration that names code."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / "config.json").exists():
+        (folder / "config.json").write_text('{"model_type": "chatglm"}')
+    shutil.copy(GOLDEN / f"chatglm_{kind}.model", folder / "tokenizer.model")
+    code = {"auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]}}
+    text = json.dumps(code | {"tokenizer_class": CLASSES[kind]} | settings)
+    (folder / "tokenizer_config.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_tokens_are_those_of_the_library(kind: str, tmp_path: Path) -> None:
+    made = tokenizer(folder_with(kind, tmp_path))
+    for row in EXPECTED[kind]:
+        assert made.encode(row["text"], add_special_tokens=False) == row["ids"]
+        assert made.decode(row["ids"]) == row["decoded"]
+    assert made.convert_ids_to_tokens(made.encode("a"))[:2] == START[kind]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_ported_folder_needs_no_code_for_its_tokenizer(kind: str, tmp_path: Path) -> None:
+    settings = chatglm.CONFIG | {"padded_vocab_size": 512}
+    folder = folder_with(kind, chatglm.write(tmp_path / "remote", chatglm.weights(settings), settings))
+    transload.port(folder, tmp_path / "native", to="fp32", layout="native")
+    made = AutoTokenizer.from_pretrained(tmp_path / "native")
+    row = EXPECTED[kind][0]
+    assert made.encode(row["text"], add_special_tokens=False) == row["ids"]
+    assert "auto_map" not in json.loads((tmp_path / "native" / "tokenizer_config.json").read_text())
+
+
+def test_a_model_answers_in_text(tmp_path: Path) -> None:
+    settings = chatglm.CONFIG | {"padded_vocab_size": 512, "eos_token_id": 500, "pad_token_id": 500}
+    folder = folder_with("tiktoken", chatglm.write(tmp_path / "m", chatglm.weights(settings), settings))
+    answer = transload.generate(transload.load(folder, device="cpu"), "Hello", max_new_tokens=3)
+    assert len(answer.tokens) <= 3
+    assert isinstance(answer.text, str)
+
+
+def test_chatglm3_has_roles_and_chatglm2_has_none(tmp_path: Path) -> None:
+    plain = tokenizer(folder_with("sentencepiece", tmp_path / "2"))
+    assert len(plain.encode("<|user|>", add_special_tokens=False)) > 1
+    chat = tokenizer(folder_with("sentencepiece", tmp_path / "3", chat_template="[gMASK]sop<|user|><|observation|>"))
+    assert len(chat.encode("<|user|>", add_special_tokens=False)) == 1
+    assert chat.chat_template == "[gMASK]sop<|user|><|observation|>"
+
+
+def test_listed_special_tokens_come_first(tmp_path: Path) -> None:
+    listed = {str(500 + i): {"content": name} for i, name in enumerate(("<|endoftext|>", "[gMASK]", "<sop>", "<x>"))}
+    made = tokenizer(folder_with("tiktoken", tmp_path, added_tokens_decoder=listed))
+    assert made.encode("<x>") == [501, 502, 503]
+
+
+def test_a_folder_without_the_publishers_tokenizer_is_left_alone(tmp_path: Path) -> None:
+    assert native_files(tmp_path) == {}
+    folder = folder_with("tiktoken", tmp_path / "m", tokenizer_class="LlamaTokenizer")
+    assert native_files(folder) == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "reason"),
+    [
+        (b"\x00\xff broken", {}, "neither a tiktoken vocabulary nor a sentencepiece model"),
+        (b"", {}, "it has no pieces"),
+        (b"\x0a\x7f\x0a", {}, "ends after the data"),
+        (b"\x0a\x02\x10\x01", {}, "a piece without text"),
+        (b"\x0a" + b"\xff" * 12, {}, "a number is too long"),
+        (b"\x0a\x03\x0a\x01a\x12\x02\x18\x01", {}, "only BPE"),
+        (None, {"added_tokens_decoder": {"900": {"content": "<x>"}}}, "do not follow the 500"),
+    ],
+)
+def test_broken_vocabularies_are_refused(
+    data: bytes | None, settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    folder = folder_with("tiktoken", tmp_path, **settings)
+    if data is not None:
+        (folder / "tokenizer.model").write_bytes(data)
+    with pytest.raises(TransloadError, match=reason) as failed:
+        native_files(folder)
+    assert str(folder) in str(failed.value)
+
+
+def test_a_huge_vocabulary_is_not_read(tmp_path: Path) -> None:
+    folder = folder_with("tiktoken", tmp_path)
+    with (folder / "tokenizer.model").open("wb") as f:
+        f.truncate(1 << 27)
+    with pytest.raises(FormatError, match="too many for a vocabulary"):
+        native_files(folder)
