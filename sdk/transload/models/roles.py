@@ -2,8 +2,9 @@
 
 The answer is read from the module's name alone, so that planning and porting can ask without building a model.
 Quantizers agree on these: a router decides which expert runs, so a small error there changes the whole layer; vision
-and audio towers and their projectors are small, run once per picture and lose visibly; heads and embeddings are the
-ends of the model, where errors are not averaged out.
+and audio towers and their projectors are small, run once per picture and lose visibly; the gates of linear attention
+are small and act on every later token; an indexer decides what attention sees; draft layers only guess, and engines
+load them in 16 bits; heads and embeddings are the ends of the model, where errors are not averaged out.
 """
 
 from __future__ import annotations
@@ -26,13 +27,27 @@ _PROJECTORS = frozenset(
         "projector",
     }
 )  # fmt: skip
-_HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
+# Projections of linear attention that set its decay and gates, and its short convolution.
+_GATES = frozenset(
+    {
+        "in_proj_ba", "in_proj_a", "in_proj_b", "b_proj", "f_proj", "f_a_proj", "f_b_proj", "g_proj", "g_a_proj",
+        "g_b_proj", "conv1d", "q_conv1d", "k_conv1d", "v_conv1d",
+    }
+)  # fmt: skip
+_INDEXERS = frozenset({"indexer"})
+_DRAFTS = frozenset({"mtp", "nextn", "eh_proj", "shared_head"})
+_ABSORBED = frozenset({"kv_b_proj"})  # engines multiply it into queries and outputs after loading
+_HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs", "output_layer"})
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings"})
 
 _REASONS: tuple[tuple[str, frozenset[str]], ...] = (
     ("vision or audio tower", _TOWERS),
     ("projector between modalities", _PROJECTORS),
     ("router", _ROUTERS),
+    ("gate of linear attention", _GATES),
+    ("indexer of sparse attention", _INDEXERS),
+    ("multi-token prediction", _DRAFTS),
+    ("absorbed into latent attention", _ABSORBED),
     ("output head", _HEADS),
     ("embedding", _EMBEDDINGS),
 )
