@@ -16,7 +16,17 @@ KEPT = {
     "audio_tower.layers.0.fc1": "vision or audio tower",
     "visual.merger.mlp.0": "vision or audio tower",
     "model.multi_modal_projector.linear_1": "projector between modalities",
+    "model.layers.0.linear_attn.in_proj_ba": "gate of linear attention",
+    "model.layers.0.linear_attn.in_proj_a": "gate of linear attention",
+    "model.layers.0.linear_attn.conv1d": "gate of linear attention",
+    "model.layers.0.attention.g_proj": "gate of linear attention",
+    "model.layers.3.self_attn.indexer.wq_b": "indexer of sparse attention",
+    "model.layers.46.eh_proj": "multi-token prediction",
+    "model.layers.46.shared_head.head": "multi-token prediction",
+    "mtp.layers.0.self_attn.q_proj": "multi-token prediction",
+    "model.layers.0.self_attn.kv_b_proj": "absorbed into latent attention",
     "lm_head": "output head",
+    "transformer.output_layer": "output head",
     "model.embed_tokens": "embedding",
 }
 QUANTIZED = (
@@ -24,12 +34,14 @@ QUANTIZED = (
     "model.layers.0.mlp.experts.17.gate_proj",
     "model.layers.0.mlp.shared_experts.gate_up_proj",
     "model.language_model.layers.0.self_attn.q_proj",
-    "model.layers.0.self_attn.kv_b_proj",
+    "model.layers.0.self_attn.kv_a_proj_with_mqa",
+    "model.layers.0.linear_attn.in_proj_qkvz",
+    "model.layers.0.linear_attn.out_proj",
 )
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_the_ends_the_routers_and_the_towers_stay_in_float(name: str) -> None:
+def test_ends_routers_towers_and_gates_stay_in_float(name: str) -> None:
     assert kept_in_float(name) == KEPT[name]
 
 
