@@ -22,12 +22,13 @@ def commands(
     """Every process that the plan needs, node by node within an instance, heads first.
 
     model_path: the checkpoint folder as the nodes see it, or one for each platform ({"cuda": .., "ascend": ..}).
-    engine_version: "0.32" or "vllm==0.32", to be sure that the plan was made for it; None takes the plan's. Raises DoesNotFit for a plan that does not fit, ConfigError when the
-    plan was made for another engine or its nodes contradict each other.
+    engine_version: "0.32" or "vllm==0.32", to be sure that the plan was made for it; None takes the plan's.
+    Raises DoesNotFit for a plan that does not fit, ConfigError when the plan was made for another engine or its nodes
+    contradict each other.
     """
     site = site or Site()
     _check_version(plan, engine_version)
-    name = site.served_name or plan.model
+    name = argument("model name", site.served_name or plan.model)
     return tuple(
         _command(instance, part, path_for(instance, model_path), name, site)
         for instance in instances(plan, site.form)
@@ -39,9 +40,16 @@ def path_for(instance: Instance, model_path: str | Mapping[str, str]) -> str:
     """The checkpoint that an instance serves. Raises ConfigError when none is given for its platform."""
     platform = instance.plan.platform
     path = model_path if isinstance(model_path, str) else model_path.get(platform, "")
-    if not path or "\0" in path:
+    if not path:
         raise ConfigError(f"no checkpoint is given for {platform}: write {platform}=PATH")
-    return path
+    return argument("model path", path)
+
+
+def argument(what: str, text: str) -> str:
+    """A text that can stand as an argument. Raises ConfigError for an empty one, an option, or one with a NUL."""
+    if not text or text.startswith("-") or "\0" in text:
+        raise ConfigError(f"{what} {text!r:.80}: an engine would not take it as a {what}")
+    return text
 
 
 def api_port(instance: Instance, site: Site) -> int:

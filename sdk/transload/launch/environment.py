@@ -14,6 +14,9 @@ INTERFACES = {
     "cpu": ("GLOO_SOCKET_IFNAME",),
 }
 
+# Everything that says where a node is; scripts fill these in on the node itself.
+NETWORK = ("VLLM_HOST_IP", "HCCL_IF_IP", *dict.fromkeys(name for names in INTERFACES.values() for name in names))
+
 
 def environment(instance: Instance, part: NodePart, site: Site) -> dict[str, str]:
     """The variables for the part of an instance that runs on one node, in the order in which files show them."""
@@ -27,6 +30,8 @@ def environment(instance: Instance, part: NodePart, site: Site) -> dict[str, str
         env |= _network(platform, part, site)
     if platform == "ascend":
         env |= _ascend(instance, site)
+    if instance.shape == "ray":
+        env["RAY_ADDRESS"] = f"{site.address(instance.head)}:{site.ray_port + instance.number}"
     if instance.plan.uneven:
         env["VLLM_PP_LAYER_PARTITION"] = ",".join(str(n) for n in instance.plan.cuts)
     return {**env, **site.env}
@@ -58,5 +63,6 @@ def _ascend(instance: Instance, site: Site) -> dict[str, str]:
     if len(instance.parts) > 1:
         env["HCCL_CONNECT_TIMEOUT"] = "1800"  # nodes finish loading at different times; the default is 120 s
     if instance.shape == "ray":
+        # Ray would otherwise overwrite the variable; vLLM places its workers by the resource called NPU.
         env["RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"] = "1"
     return env

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+
 from transload.launch.site import Site
 from transload.launch.topology import Instance, NodePart
 

@@ -66,9 +66,10 @@ class Process(_Value):
 class Manifest(_Value):
     """What a rendered folder holds.
 
-    name: what clients call the model (--served-model-name). models: its checkpoints, one for each platform. nodes: every node of the plan in a fixed order, the k of `transload launch DIR --node k`. plan_digest: SHA-256 of
-    plan.json in the folder. engines: what the plan was made for. files: SHA-256 of every other file as rendered, by
-    name, which tells files that were edited since or belong to an older rendering.
+    name: what clients call the model (--served-model-name). models: its checkpoints, one for each platform. nodes:
+    every node of the plan in a fixed order, the k of `transload launch DIR --node k`. plan_digest: SHA-256 of plan.json
+    in the folder. engines: what the plan was made for. files: SHA-256 of every other file as rendered, by name, which
+    tells files that were edited since or belong to an older rendering.
     """
 
     version: int = 1

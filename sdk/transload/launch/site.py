@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from transload.errors import ConfigError
 from transload.plan.cluster import Cluster
+
+_ADDRESS = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:-]{0,252})")
+_INTERFACE = re.compile(r"[A-Za-z0-9^=][A-Za-z0-9._:,=^-]{0,120}")
 
 Form = Literal["auto", "native", "dp", "ray"]
 FORMS: tuple[Form, ...] = ("auto", "native", "dp", "ray")
@@ -25,7 +29,8 @@ class Site:
     node, else the engine's native multi-node mode, and Ray where nodes give unequal numbers of devices.
     arguments, env: appended to every engine's command line and environment. additional_config: vllm-ascend's own JSON.
     msmodelslim: whether the Ascend checkpoint needs --quantization ascend; None decides by the plan's recipe.
-    hccl_buffsize: MB, held twice by every HCCL communicator.
+    hccl_buffsize: MB, held twice by every HCCL communicator. images: container images by platform instead of the
+    engines' own. directory: where the rendered folder lies on the nodes, for systemd units.
     """
 
     addresses: Mapping[str, str] = field(default_factory=dict)
@@ -42,6 +47,8 @@ class Site:
     additional_config: Mapping[str, object] = field(default_factory=dict)
     msmodelslim: bool | None = None
     hccl_buffsize: int = 200
+    images: Mapping[str, str] = field(default_factory=dict)
+    directory: str = "/opt/transload"
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -50,6 +57,15 @@ class Site:
             value = getattr(self, name)
             if not 1 <= value <= 65535:
                 raise ConfigError(f"{name} {value}: expected 1 to 65535")
+        for what, values, pattern in (
+            ("address", self.addresses, _ADDRESS),
+            ("interface", self.interfaces, _INTERFACE),
+        ):
+            for node, value in values.items():
+                if not pattern.fullmatch(value):
+                    raise ConfigError(f"{what} of node {node}: {value!r:.80} is not a name or number of one")
+        if not self.directory.startswith("/") or re.search(r"[\s'\"\\$%]", self.directory):
+            raise ConfigError(f"directory {self.directory!r:.80}: expected an absolute path without blanks and quotes")
 
     @classmethod
     def of(cls, cluster: Cluster) -> Site:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ from transload.launch.site import Form
 from transload.plan.result import Deployment, Parallelism, Plan, Rank
 
 Shape = Literal["one node", "native", "dp", "ray"]
+_NODE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,90}[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,9 @@ def _check_ranks(d: int, replica: int, deployment: Deployment, ranks: Sequence[R
             f"plan: deployment {d}, replica {replica} has {len(ranks)} ranks, its TP {size.tp} x PP {size.pp} x DP "
             f"{size.dp} needs ranks 0 to {wanted - 1}"
         )
+    strange = next((r.node for r in ranks if not _NODE.fullmatch(r.node)), None)
+    if strange is not None:
+        raise ConfigError(f"plan: {strange!r:.80} is no name for a node: letters, digits, '.', '_' and '-' are")
     seats = [(r.node, r.device) for r in ranks]
     if len(set(seats)) != len(seats):
         twice = next(s for s in seats if seats.count(s) > 1)
@@ -108,9 +113,12 @@ def _shape(deployment: Deployment, parts: Sequence[NodePart], ranks: Sequence[Ra
     if form == "native" and not native:
         counts = ", ".join(f"{len(p.devices)} on {p.node}" for p in parts)
         raise ConfigError(f"form 'native' needs equal numbers of devices on every node, found {counts}; use ray")
-    if form != "auto":
-        return form
-    return "dp" if dp_inside else "native" if native else "ray"
+    shape = form if form != "auto" else "dp" if dp_inside else "native" if native else "ray"
+    if shape == "ray" and deployment.parallelism.dp > 1:
+        raise ConfigError(f"form 'ray': {_named(deployment)} would hang, vLLM's DP over Ray nodes does (vllm#44878)")
+    if shape == "ray" and deployment.platform == "cpu":
+        raise ConfigError(f"form 'ray': vLLM on CPU runs {_named(deployment)} in its native form only")
+    return shape
 
 
 def _named(deployment: Deployment) -> str:
