@@ -1,7 +1,8 @@
-"""GGUF files as Hugging Face checkpoints: names, row orders and exact numbers. Reading only.
+"""GGUF files as Hugging Face checkpoints: names, row orders and exact numbers.
 
 Every block-quantized matrix is a quantized entry, the embedding table too (`model.embed_tokens`). A stack of experts is
-one entry [E, N, K] under the name of its module (`model.layers.0.mlp.experts.up_proj`).
+one entry [E, N, K] under the name of its module (`model.layers.0.mlp.experts.up_proj`). What is encoded here are the
+blocks of one matrix; the file around them, with llama.cpp's names and row orders, is `porting.gguf_file`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from torch import Tensor
 from transload.errors import FormatError, Unsupported
 from transload.formats.base import Entry, Format, Json, Source, naming
 from transload.formats.gguf_blocks import BLOCKS, block_of, decode_blocks
+from transload.formats.gguf_encode import GROUP, encode_blocks
+from transload.formats.limits import divided, integer_limits, positional, weights_only
 from transload.headers import GgufHeader, TensorInfo
 from transload.headers.info import shown
 from transload.models.gguf_assets import tokenizer_files
 from transload.models.gguf_config import hf_config
 from transload.models.gguf_names import Part, number, parts
-from transload.quant import QTensor
+from transload.quant import QTensor, QuantSpec, Zero
 
 T = TypeVar("T")
 
@@ -34,6 +37,8 @@ class Gguf(Format):
 
     name: ClassVar[str] = "gguf"
     container: ClassVar[str] = "gguf"
+    group_size: ClassVar[int | None] = GROUP
+    embeddings: ClassVar[bool] = True
 
     def detects(self, source: Source) -> bool:
         """True for every GGUF file."""
@@ -86,6 +91,19 @@ class Gguf(Format):
         for e in range(entry.shape[0]):
             raw = cast(GgufSource, source).read_expert(info.name, e)
             yield raw if entry.spec is None else decode_blocks(info.dtype, raw, info.shape[-1])
+
+    def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
+        """Q4_0 to Q8_0: groups of 32 with float16 scales, symmetric or, with 4 and 5 bits, with minimums."""
+        bits = (4, 5) if spec.zero is Zero.MINS else (4, 5, 8)
+        reason = integer_limits(spec, shape, bits, (Zero.MIDPOINT, Zero.MINS), (torch.float16,)) or weights_only(spec)
+        reason = reason or positional(spec)
+        if reason is None and spec.group_size != GROUP:
+            return f"its blocks are groups of {GROUP}, not {spec.group_size}"
+        return reason or divided(spec, shape[1])
+
+    def encode(self, name: str, w: QTensor) -> dict[str, Tensor]:
+        """The blocks of one matrix under its Hugging Face name, rows in Hugging Face's order."""
+        return {f"{name}.weight": encode_blocks(w)}
 
 
 class GgufSource(Protocol):

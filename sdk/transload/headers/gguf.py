@@ -21,7 +21,7 @@ from pathlib import Path
 
 from transload.errors import FormatError
 from transload.headers.cursor import Cursor
-from transload.headers.ggufvalues import decode_value, skip_value, value_count
+from transload.headers.ggufvalues import decode_value, element_type, skip_value, value_count
 from transload.headers.info import TensorInfo, shown
 
 MAGIC = b"GGUF"
@@ -55,6 +55,11 @@ class GgufMetadata(Mapping[str, object]):
         """
         kind, position = self._places[key]
         return value_count(self._cursor(key, position), kind)
+
+    def types(self, key: str) -> tuple[int, int | None]:
+        """Type number of a value, and of an array's elements (gguf.GGUFValueType), to write the same value again."""
+        kind, position = self._places[key]
+        return kind, element_type(self._cursor(key, position), kind)
 
     def _cursor(self, key: str, position: int) -> Cursor:
         return Cursor(self._data, position, f"{self._path}: metadata {shown(key)}")

@@ -52,6 +52,11 @@ def value_count(cursor: Cursor, kind: int) -> int:
     return _array(cursor, 0)[1]
 
 
+def element_type(cursor: Cursor, kind: int) -> int | None:
+    """The type number of an array's elements, None for other values."""
+    return _array(cursor, 0)[0] if kind == _ARRAY else None
+
+
 def _array(cursor: Cursor, depth: int) -> tuple[int, int]:
     """Element type and count of an array, checked against the bytes that are left."""
     if depth >= _MAX_DEPTH:

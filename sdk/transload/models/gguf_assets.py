@@ -11,6 +11,7 @@ from typing import Any, cast
 from transload.errors import FormatError, Unsupported
 from transload.headers.info import shown
 from transload.models.gguf_config import generation_config
+from transload.models.gguf_splits import CONVERTED
 
 Metadata = Mapping[str, object]
 
@@ -29,26 +30,6 @@ _FOR_CONVERSION = {
     "ggml.add_space_prefix": "add_prefix_space",
 }
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-# How text is cut before BPE where transformers' conversion has no entry and would fall back to GPT-2's rule. Names are
-# those of llama.cpp's `tokenizer.ggml.pre`, expressions those of the models' own tokenizers.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WHITESPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_GLM4 = (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_WHITESPACE}",)
-_DEEPSEEK_V3 = (
-    r"\p{N}{1,3}",
-    r"[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_WHITESPACE}",
-)
-_UPPER, _LOWER = (rf"[{letters}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for letters in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
-_KIMI = (
-    rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
-    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_WHITESPACE}",
-)
-_SPLITS = {
-    "glm4": _GLM4, "chatglm-bpe": _GLM4, "deepseek-v3": _DEEPSEEK_V3, "kimi-k2": _KIMI,
-}  # fmt: skip
 # A name that every transformers since 4.0 loads from tokenizer.json as it is.
 _TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
@@ -110,7 +91,7 @@ def _convert(architecture: str, given: dict[str, object]) -> Any:
             f"tokenizer {shown(given.get('tokenizer_type'))} of a GGUF file of architecture {shown(architecture)}: "
             f"transformers cannot build it ({e}); give a folder with a tokenizer.json"
         ) from e
-    splits = _SPLITS.get(str(given.get("pre_tokenizer_type")))
+    splits = CONVERTED.get(str(given.get("pre_tokenizer_type")))
     if splits is not None:
         backend.pre_tokenizer = _pre_tokenizer(splits)
     return backend

@@ -22,13 +22,17 @@ Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True, slots=True)
-class _Family:
+class Family:
     """model_type and class of an architecture, and the keys that it has besides those of every decoder."""
 
     model_type: str
     architecture: str
     keys: dict[str, str] = field(default_factory=dict)  # GGUF key without the architecture -> config key
     fixed: Json = field(default_factory=dict)  # what llama.cpp assumes and does not write
+
+    def every_key(self) -> dict[str, str]:
+        """All keys, those of every decoder too."""
+        return _COMMON | self.keys
 
 
 _COMMON = {
@@ -55,11 +59,11 @@ _INDEXER = {
     "attention.indexer.top_k": "index_topk",
 }
 
-_FAMILIES = {
-    "llama": _Family("llama", "LlamaForCausalLM", _DENSE),
-    "qwen2": _Family("qwen2", "Qwen2ForCausalLM", _DENSE),
-    "qwen3": _Family("qwen3", "Qwen3ForCausalLM", _DENSE),
-    "qwen2moe": _Family(
+FAMILIES = {
+    "llama": Family("llama", "LlamaForCausalLM", _DENSE),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _DENSE),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _DENSE),
+    "qwen2moe": Family(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
         _DENSE
@@ -67,18 +71,18 @@ _FAMILIES = {
         | {"expert_count": "num_experts", "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
     ),
     # llama.cpp always renormalizes the chosen experts of this architecture, and writes no key for it.
-    "qwen3moe": _Family(
+    "qwen3moe": Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         _DENSE | _EXPERTS | {"expert_count": "num_experts"},
         {"norm_topk_prob": True},
     ),
-    "chatglm": _Family("glm", "GlmForCausalLM", _DENSE),
-    "glm4": _Family("glm4", "Glm4ForCausalLM", _DENSE),
-    "glm4moe": _Family("glm4_moe", "Glm4MoeForCausalLM", _DENSE | _EXPERTS | _GROUPED_EXPERTS),
-    "deepseek2": _Family("deepseek_v2", "DeepseekV2ForCausalLM", _DENSE | _EXPERTS | _GROUPED_EXPERTS | _MLA),
-    "glm-dsa": _Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", _DENSE | _EXPERTS | _GROUPED_EXPERTS | _MLA | _INDEXER),
-    "minimax-m2": _Family(
+    "chatglm": Family("glm", "GlmForCausalLM", _DENSE),
+    "glm4": Family("glm4", "Glm4ForCausalLM", _DENSE),
+    "glm4moe": Family("glm4_moe", "Glm4MoeForCausalLM", _DENSE | _EXPERTS | _GROUPED_EXPERTS),
+    "deepseek2": Family("deepseek_v2", "DeepseekV2ForCausalLM", _DENSE | _EXPERTS | _GROUPED_EXPERTS | _MLA),
+    "glm-dsa": Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", _DENSE | _EXPERTS | _GROUPED_EXPERTS | _MLA | _INDEXER),
+    "minimax-m2": Family(
         "minimax_m2",
         "MiniMaxM2ForCausalLM",
         {
@@ -90,12 +94,13 @@ _FAMILIES = {
         {"use_qk_norm": True, "use_routing_bias": True, "scoring_func": "sigmoid"},
     ),
 }
-_MIXTRAL = _Family(
+# Written as architecture `llama`, with experts.
+FAMILIES["mixtral"] = Family(
     "mixtral",
     "MixtralForCausalLM",
     _DENSE | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
 )
-_DEEPSEEK_V3 = _Family("deepseek_v3", "DeepseekV3ForCausalLM", _FAMILIES["deepseek2"].keys)
+_DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", FAMILIES["deepseek2"].keys)
 _WITH_MLA = ("deepseek2", "glm-dsa")
 _PARTIAL_ROTARY = ("chatglm", "glm4", "glm4moe")
 _SIGMOID = 2  # llama.cpp's number for a sigmoid router (LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID)
@@ -110,7 +115,7 @@ def hf_config(metadata: Metadata, tensors: Tensors, rope_factors: Sequence[float
     arch = architecture_of(metadata)
     family = _family(arch, metadata)
     config: Json = {"architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu"}
-    for key, name in (_COMMON | family.keys).items():
+    for key, name in family.every_key().items():
         if f"{arch}.{key}" in metadata:
             config[name] = _scalar(metadata, f"{arch}.{key}")
     missing = [key for key in _COMMON if f"{arch}.{key}" not in metadata]
@@ -149,12 +154,12 @@ def _token_id(metadata: Metadata, key: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None
 
 
-def _family(arch: str, metadata: Metadata) -> _Family:
+def _family(arch: str, metadata: Metadata) -> Family:
     if arch == "llama" and number(metadata, "expert_count", 0):
-        return _MIXTRAL
+        return FAMILIES["mixtral"]
     if arch == "deepseek2" and metadata.get("deepseek2.expert_gating_func") == _SIGMOID:
         return _DEEPSEEK_V3
-    return _FAMILIES[arch]
+    return FAMILIES[arch]
 
 
 def _layers(metadata: Metadata) -> Json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite, pi
 
 from transload.errors import FormatError, Unsupported
@@ -37,6 +37,18 @@ def llama3_scaling(factors: Sequence[float], theta: object) -> dict[str, object]
             "original_max_position_embeddings": _CONTEXT,
         }
     }
+
+
+def llama3_factors(scaling: Mapping[str, object], theta: float, count: int) -> list[float]:
+    """The factors of a rope_scaling of type llama3 for `count` rotary frequencies.
+
+    Raises Unsupported for bounds that no Llama has, because the finished factors could not be read back.
+    """
+    bounds = [scaling.get(k) for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")]
+    factor = scaling.get("factor")
+    if bounds != [_LOW, _HIGH, _CONTEXT] or not isinstance(factor, (int, float)):
+        raise Unsupported(f"config.json: rope_scaling {dict(scaling)}: of llama3, only Llama's own bounds are written")
+    return [_factor(theta ** (i / count), float(factor)) for i in range(count)]
 
 
 def _factor(inverse_frequency: float, factor: float) -> float:

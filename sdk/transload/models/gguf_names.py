@@ -31,7 +31,7 @@ class Part:
     column: bool = False
 
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ATTENTION = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -97,7 +97,7 @@ _NEXTN = {
 }
 
 # Inside a layer, without ".weight" and ".bias". Checked against transformers' models in the tests.
-_LAYERS: dict[str, dict[str, str]] = {
+LAYERS: dict[str, dict[str, str]] = {
     "llama": _ATTENTION | _MLP | _MIXTRAL_EXPERTS,
     "qwen2": _ATTENTION | _MLP,
     "qwen2moe": _ATTENTION | _MLP | _EXPERTS | _SHARED_EXPERT,
@@ -119,7 +119,7 @@ _LAYERS: dict[str, dict[str, str]] = {
     "minimax-m2": _ATTENTION | _QK_NORM | _MLP | _MIXTRAL_EXPERTS,
 }
 
-ARCHITECTURES = tuple(_LAYERS)
+ARCHITECTURES = tuple(LAYERS)
 
 # The router's correction bias has a name of its own; in GGUF it ends in ".bias".
 _ROUTER_BIAS = {"minimax-m2": "block_sparse_moe.e_score_correction_bias"}
@@ -133,7 +133,7 @@ _NOT_WEIGHTS = {"rope_freqs", "attn_rot_embd"}  # factors that a config says in 
 def architecture_of(metadata: Metadata) -> str:
     """The architecture that a GGUF file states. Raises Unsupported when its names are not known here."""
     name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in _LAYERS:
+    if not isinstance(name, str) or name not in LAYERS:
         raise Unsupported(f"GGUF architecture {shown(name)}: known ones are {', '.join(ARCHITECTURES)}")
     return name
 
@@ -148,22 +148,27 @@ def parts(metadata: Metadata, name: str, shape: tuple[int, ...]) -> tuple[Part, 
         stem, suffix = outer.groups()
         if stem in _NOT_WEIGHTS:
             return ()
-        if stem in _TOP:
-            return (Part(f"{_TOP[stem]}.{suffix}"),)
+        if stem in TOP:
+            return (Part(f"{TOP[stem]}.{suffix}"),)
     if block := _BLOCK.fullmatch(name):
         layer, stem, suffix = block.groups()
         if stem in _NOT_WEIGHTS:
             return ()
         prefix = f"model.layers.{layer}."
         if stem == "exp_probs_b":
-            return (Part(prefix + _ROUTER_BIAS.get(arch, _DEFAULT_ROUTER_BIAS)),)
+            return (Part(prefix + router_bias(arch)),)
         if stem == "attn_qkv" and arch in ("chatglm", "glm4"):
             return _split_qkv(metadata, prefix + "self_attn.", suffix, shape)
-        if stem in _LAYERS[arch]:
+        if stem in LAYERS[arch]:
             heads = _interleaved_heads(metadata, arch, stem)
             column = stem == "ffn_gate_inp_shexp" and len(shape) == 1
-            return (Part(f"{prefix}{_LAYERS[arch][stem]}.{suffix}", heads=heads, column=column),)
+            return (Part(f"{prefix}{LAYERS[arch][stem]}.{suffix}", heads=heads, column=column),)
     raise FormatError(f"tensor {shown(name)} does not belong to GGUF architecture '{arch}'")
+
+
+def router_bias(arch: str) -> str:
+    """Hugging Face's name, inside a layer, of the router's correction bias."""
+    return _ROUTER_BIAS.get(arch, _DEFAULT_ROUTER_BIAS)
 
 
 def number(metadata: Metadata, key: str, default: int | None = None) -> int:

@@ -68,8 +68,8 @@ def verify(left: str | Path, right: str | Path, progress: Progress | None = None
     a, b = open_checkpoint(left), open_checkpoint(right)
     if a.config.get("model_type") != b.config.get("model_type"):  # one of them may be in another layout
         a, b = open_checkpoint(left, "native"), open_checkpoint(right, "native")
-    mine, theirs = _places(a), _places(b)
-    read_left, read_right = _Reader(a), _Reader(b)
+    mine, theirs = places(a), places(b)
+    read_left, read_right = Reader(a), Reader(b)
     total = sum(entry.stored_bytes for entry in a.entries.values())
     done, differing = 0, []
     common = [name for name in mine if name in theirs]
@@ -93,15 +93,15 @@ def verify(left: str | Path, right: str | Path, progress: Progress | None = None
     )
 
 
-_Place = tuple[str, "int | None"]  # entry name, index in a stack of experts
+Place = tuple[str, "int | None"]  # entry name, index in a stack of experts
 
 
-def _places(checkpoint: Checkpoint) -> dict[str, _Place]:
+def places(checkpoint: Checkpoint) -> dict[str, Place]:
     """Where every weight is, under the name of its single form: quantized modules get a ".weight" here."""
     return dict(_names(checkpoint))
 
 
-def _names(checkpoint: Checkpoint) -> Iterator[tuple[str, _Place]]:
+def _names(checkpoint: Checkpoint) -> Iterator[tuple[str, Place]]:
     for entry in checkpoint.entries.values():
         name = entry.name if entry.spec is None else f"{entry.name}.weight"
         head, dot, last = name.rpartition(".experts.")
@@ -120,7 +120,7 @@ def _compare(name: str, x: QTensor | Tensor, y: QTensor | Tensor) -> Differing |
     return Differing(name, _kind(x), _kind(y), apart) if apart.rms_error else None
 
 
-class _Reader:
+class Reader:
     """Reads values by place. Experts of a stack are asked for in order, so each is read once and alone."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -129,7 +129,8 @@ class _Reader:
         self._next = 0
         self._experts: Iterator[QTensor | Tensor] = iter(())
 
-    def __call__(self, place: _Place) -> QTensor | Tensor:
+    def __call__(self, place: Place) -> QTensor | Tensor:
+        """The module or tensor at a place."""
         name, expert = place
         if expert is None:
             return self._checkpoint[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TypeAlias
 
@@ -26,13 +26,19 @@ MAX_SHARD_BYTES = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one tensor: file name, and the bytes [start, start + nbytes) in it."""
+    """The place of one tensor: file name, and the bytes [start, start + nbytes) in it.
+
+    The file calls these bytes `tensor`; they begin `offset` bytes into it, because a stack of experts is one tensor of
+    a GGUF file and arrives expert by expert.
+    """
 
     file: str
     start: int
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    tensor: str
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +50,26 @@ class Shard:
     size: int
 
 
-def lay_out(
-    plan: Plan, max_shard_bytes: int = MAX_SHARD_BYTES, stem: str = "model"
-) -> tuple[list[Shard], dict[str, Slot]]:
-    """The shards of a plan and the slot of every tensor, in the plan's order.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything of a new checkpoint lies. beside: small files known in advance, such as an index.
+
+    single: the result is not a folder but its only file.
+    """
+
+    shards: tuple[Shard, ...]
+    slots: Mapping[str, Slot]
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    single: bool = False
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(slot.nbytes for slot in self.slots.values())
+
+
+def lay_out(plan: Plan, max_shard_bytes: int = MAX_SHARD_BYTES, stem: str = "model") -> Layout:
+    """The shards of a plan and the slot of every tensor, in the plan's order, as a folder of safetensors.
 
     Shards follow the plan's order and hold at most `max_shard_bytes` of tensors (one larger tensor has a shard of its
     own); inside a shard wide elements come first, so that every tensor is aligned to its element. One shard is called
@@ -65,10 +87,18 @@ def lay_out(
         header = _header(ordered)
         position = len(header)
         for name, (_, _, nbytes) in ordered:
-            slots[name] = Slot(file, position, nbytes, *plan[name])
+            slots[name] = Slot(file, position, nbytes, *plan[name], name)
             position += nbytes
         shards.append(Shard(file, header, position))
-    return shards, {name: slots[name] for name in plan}
+    ordered_slots = {name: slots[name] for name in plan}
+    return Layout(tuple(shards), ordered_slots, _index(ordered_slots, stem) if len(shards) > 1 else {})
+
+
+def _index(slots: Mapping[str, Slot], stem: str) -> dict[str, bytes]:
+    """The file that says which shard holds a tensor."""
+    total = sum(slot.nbytes for slot in slots.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {name: slots[name].file for name in sorted(slots)}}
+    return {f"{stem}.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode()}
 
 
 _Stored: TypeAlias = tuple[str, tuple[int, ...], int]  # safetensors' dtype and shape, bytes

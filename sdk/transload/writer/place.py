@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from transload.errors import ConfigError, OutputExists, TransloadError
+from transload.headers.folder import is_gguf
 
 
 @contextmanager
@@ -38,18 +39,30 @@ def check_apart(target: Path, source: Path) -> None:
         raise ConfigError(f"{target}: is in the way of its own source {source}; give another folder")
 
 
-def check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool, single: bool = False) -> None:
     """Refuses an existing target, unless it is an empty folder, or a checkpoint that may be replaced.
 
-    Raises OutputExists. What is no checkpoint is never replaced, so that a slip of the pen costs no home folder.
+    single: the target is to be a GGUF file. Raises OutputExists. What is no checkpoint is never replaced, so that a
+    slip of the pen costs no home folder.
     """
-    if not target.is_symlink() and (not target.exists() or (target.is_dir() and not any(target.iterdir()))):
+    if not target.is_symlink() and not target.exists():
+        return
+    if single:
+        return _check_file(target, overwrite)
+    if not target.is_symlink() and target.is_dir() and not any(target.iterdir()):
         return
     if not overwrite:
         raise OutputExists(f"{target}: exists already; choose another place or allow overwriting")
     marks = ("config.json", "*.safetensors")
     if target.is_symlink() or not target.is_dir() or not any(next(target.glob(m), None) for m in marks):
         raise OutputExists(f"{target}: exists and is no checkpoint folder, so it is not overwritten; delete it first")
+
+
+def _check_file(target: Path, overwrite: bool) -> None:
+    if not overwrite and not target.is_dir():
+        raise OutputExists(f"{target}: exists already; choose another place or allow overwriting")
+    if target.is_symlink() or not target.is_file() or not is_gguf(target):
+        raise OutputExists(f"{target}: exists and is no GGUF file, so it is not overwritten; delete it first")
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -1,6 +1,6 @@
-"""A checkpoint folder that appears under its name only when it is complete.
+"""A checkpoint, a folder or one file, that appears under its name only when it is complete.
 
-Everything is written to `<path>.partial` beside the target, synced, and renamed at the end.
+Everything is written to the folder `<path>.partial` beside the target, synced, and renamed at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transload.errors import ConfigError, OutputExists
 from transload.headers.info import shown
 from transload.writer.journal import NAME as JOURNAL
 from transload.writer.journal import Journal
-from transload.writer.layout import MAX_SHARD_BYTES, Plan, Shard, Slot, lay_out
+from transload.writer.layout import MAX_SHARD_BYTES, Layout, Plan, Shard, Slot, lay_out
 from transload.writer.place import check_apart, check_free, check_space, named, os_errors, sync_folder, take_name
 
 _SYNC_BYTES = 256 << 20
@@ -44,7 +44,7 @@ class Writer:
     def __init__(
         self,
         path: str | Path,
-        plan: Plan,
+        plan: Plan | Layout,
         *,
         source: str | Path | None = None,
         overwrite: bool = False,
@@ -56,7 +56,8 @@ class Writer:
     ) -> None:
         """Checks everything that can be checked before writing; nothing is created yet.
 
-        plan: dtype and shape of every tensor, in the order of the shards. source: what is read meanwhile; the target
+        plan: dtype and shape of every tensor, in the order of the shards of a safetensors folder; or a layout of
+        another container, whose shards are then its own matter. source: what is read meanwhile; the target
         may not touch it. overwrite: replace an existing checkpoint at the end. job: tells apart ports whose plans are
         equal (source, its size and time, options). stem: name of the weight files. sync_bytes: a killed run loses at
         most about this much finished work. Raises OutputExists or ConfigError.
@@ -64,10 +65,11 @@ class Writer:
         self.path = named(Path(path))
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.finished: frozenset[str] = frozenset()
-        self._shards, self._slots = lay_out(plan, max_shard_bytes, stem)
+        self.layout = plan if isinstance(plan, Layout) else lay_out(plan, max_shard_bytes, stem)
+        self._shards, self._slots = self.layout.shards, self.layout.slots
         self._stem, self._overwrite, self._resume, self._sync_bytes = stem, overwrite, resume, sync_bytes
-        layout = b"".join(shard.header for shard in self._shards)
-        self._job = hashlib.sha256(layout + b"\0" + job.encode()).hexdigest()
+        headers = b"".join(shard.header for shard in self._shards)
+        self._job = hashlib.sha256(headers + b"\0" + job.encode()).hexdigest()
         self._files: dict[str, int] = {}  # descriptors of the shards
         self._added: set[str] = set()
         self._others: set[str] = set()  # names of the files that hold no tensors
@@ -76,14 +78,14 @@ class Writer:
         self._journal: Journal | None = None
         if source is not None:
             check_apart(self.path, Path(source))
-        check_free(self.path, overwrite)
+        check_free(self.path, overwrite, self.layout.single)
         if self.partial.exists() and not (resume or overwrite):
             raise OutputExists(f"{self.partial}: is left from an unfinished run; resume it or delete it")
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all planned tensors."""
-        return sum(slot.nbytes for slot in self._slots.values())
+        return self.layout.total_bytes
 
     def __enter__(self) -> Writer:
         with os_errors(self.partial):
@@ -178,15 +180,13 @@ class Writer:
                 path.unlink()
 
     def _claim(self, name: str) -> Path:
-        taken = {shard.file for shard in self._shards} | self._others | {JOURNAL, self._index}
+        taken = (
+            {shard.file for shard in self._shards} | self._others | {JOURNAL, f"{self._stem}.safetensors.index.json"}
+        )
         if not name or name in taken or Path(name).name != name:
             raise ConfigError(f"{self.path}: {shown(name)} is taken or is no plain file name")
         self._others.add(name)
         return self.partial / name
-
-    @property
-    def _index(self) -> str:
-        return f"{self._stem}.safetensors.index.json"
 
     def _sync(self) -> None:
         """Brings written tensors to the disk, then records them."""
@@ -201,19 +201,21 @@ class Writer:
         if missing:
             some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ConfigError(f"{self.path}: {len(missing)} planned tensors were not written: {some}")
-        if len(self._shards) > 1:
-            weight_map = {name: self._slots[name].file for name in sorted(self._slots)}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.partial / self._index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            self._others.add(self._index)
+        for name, data in self.layout.beside.items():
+            (self.partial / name).write_bytes(data)
         self._sync()
-        for name in self._others:
+        for name in self._others | self.layout.beside.keys():
             _sync_file(self.partial / name)
         self._close()
         (self.partial / JOURNAL).unlink()
         sync_folder(self.partial)
-        check_free(self.path, self._overwrite)  # again: it may have come up meanwhile
-        take_name(self.partial, self.path)
+        check_free(self.path, self._overwrite, self.layout.single)  # again: it may have come up meanwhile
+        if self.layout.single:
+            os.replace(self.partial / self._shards[0].file, self.path)
+            sync_folder(self.path.parent)
+            shutil.rmtree(self.partial)
+        else:
+            take_name(self.partial, self.path)
 
     def _abandon(self) -> None:
         """Ends without a result; the partial folder stays only for a run that may be resumed."""
