@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transload.engines import ENGINES, Engine, Layer
+from transload.formats.base import Format
+from transload.formats.limits import listed
 from transload.porting.plan import Output, PortPlan
 from transload.quant import QuantSpec
 from transload.requantize import Difference
@@ -81,18 +83,19 @@ def words(output: Output) -> str:
 def engine_answers(plan: PortPlan, path: Path) -> tuple[EngineAnswer, ...]:
     """Every engine that knows the format, with its command, or the first module that it does not run."""
     quantized = [(o.name, o.spec) for o in plan.outputs() if o.spec is not None]
-    return tuple(_answer(engine, plan.format.name, quantized, path) for engine in ENGINES)
+    return tuple(_answer(engine, plan.format, quantized, path) for engine in ENGINES)
 
 
-def _answer(engine: Engine, format: str, quantized: Sequence[tuple[str, QuantSpec]], path: Path) -> EngineAnswer:
-    if not quantized:  # plain floats are every vLLM's own format, and need no flag
-        if engine.name.startswith("vllm"):
-            return EngineAnswer(engine.label, f"vllm serve {path}", None)
-        return EngineAnswer(engine.label, None, f"loads {engine.rules[0].format}, not {format}")
+def _answer(engine: Engine, format: Format, quantized: Sequence[tuple[str, QuantSpec]], path: Path) -> EngineAnswer:
+    loaded = list(dict.fromkeys(rule.format for rule in engine.rules))
+    # Plain floats in safetensors are every vLLM's own format, and need no flag.
+    plain = not quantized and format.container == "safetensors" and engine.name.startswith("vllm")
+    if format.name not in loaded and not plain:
+        return EngineAnswer(engine.label, None, f"loads {listed(loaded)}, not {format.name}")
     for name, spec in quantized:
-        covered = engine.covers(format, Layer(spec, experts=".experts." in name))
+        covered = engine.covers(format.name, Layer(spec, experts=".experts." in name))
         if isinstance(covered, str):
             return EngineAnswer(engine.label, None, f"{name} ({spec}): {covered}")
     # The flag of vllm-ascend names msModelSlim's description; other formats are found in config.json.
-    command = engine.command if format == "msmodelslim" else engine.command.partition(" --quantization")[0]
+    command = engine.command if format.name == "msmodelslim" else engine.command.partition(" --quantization")[0]
     return EngineAnswer(engine.label, command.format(path=path), None)
