@@ -24,6 +24,8 @@ _HOMES = {
     "open": "transload.checkpoint",
     "plan": "transload.plan.planner",
     "port": "transload.porting",
+    "quantize": "transload.quantize",
+    "serve": "transload.serve.service",
     "verify": "transload.porting",
 }
 

@@ -62,6 +62,9 @@ def main() -> None:
 from transload.bench.cli import app as _bench  # noqa: E402
 from transload.cli import devices, eval, inspect, port, run  # noqa: E402, F401  (each file adds its commands to `app`)
 from transload.plan.cli import app as _plan  # noqa: E402
+from transload.serve.cli import launch, serve  # noqa: E402
 
 app.add_typer(_plan, name="plan")
 app.add_typer(_bench, name="bench")
+app.command()(serve)
+app.command()(launch)

@@ -1,0 +1,305 @@
+"""One engine process kept: started, watched until it answers and after, drained when asked, restarted when wanted."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+
+from transload.errors import TransloadError
+from transload.serve.events import Event, Kind, Listener
+from transload.serve.failures import Failure, explain
+from transload.serve.health import healthy
+from transload.serve.logs import Progress, advance
+from transload.serve.peers import Peers, State
+from transload.serve.process import Child
+from transload.serve.starting import Start
+
+_TICK = 0.2  # seconds between looks at the process
+_GRACE = 20.0  # seconds after the drain for an engine to end its workers
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Times in seconds. start: until healthy. drain: for running requests when asked to stop. restarts: in a row, 0 to
+    report a failure at once; an engine that was healthy for `steady` starts the count again. watch_port: where the
+    head of an engine over several nodes listens for the others, 0 for nowhere.
+    """
+
+    start: float = 1800.0
+    drain: float = 60.0
+    restarts: int = 0
+    first_delay: float = 2.0
+    longest_delay: float = 60.0
+    steady: float = 600.0
+    health_every: float = 5.0
+    unresponsive: float = 120.0
+    watch_port: int = 29600
+
+
+class Runner(threading.Thread):
+    """A thread that keeps one process of an engine. `failure` tells why it ended, None when it was asked to."""
+
+    def __init__(self, start: Start, settings: Settings, listener: Listener) -> None:
+        super().__init__(name=f"serve {start.name}", daemon=True)
+        self.begin, self._settings, self._listener = start, settings, listener
+        self.ready, self.failure = threading.Event(), None
+        self.progress = Progress()
+        self._stop, self._force = threading.Event(), threading.Event()
+        self._trouble: Failure | None = None
+        self._peers: Peers | None = None
+        self._head_left = threading.Event()
+
+    failure: Failure | None
+
+    def stop(self, force: bool = False) -> None:
+        """Asks the engine to finish its requests and end; with force, or the second time, at once."""
+        if force or self._stop.is_set():
+            self._force.set()
+        self._stop.set()
+
+    def run(self) -> None:
+        """Until the engine was stopped, or failed as often as it may."""
+        try:
+            self._watch_peers()
+            self._attempts()
+        except TransloadError as error:
+            self.failure = Failure("not-started", str(error), "")
+            self._say_failed(self.failure)
+        finally:
+            self.ready.set()  # nobody waits for an engine that has ended
+            if self._peers is not None:
+                self._peers.close()
+            self._tell("stopped", "stopped", code=0 if self.failure is None else 1)
+
+    def _attempts(self) -> None:
+        attempt = 0
+        while not self._stop.is_set():
+            began = time.monotonic()
+            self.failure = self._once()
+            if self.failure is None:
+                return
+            self.ready.clear()
+            self._say_failed(self.failure)
+            attempt = 0 if time.monotonic() - began > self._settings.steady else attempt
+            if attempt >= self._settings.restarts:
+                return
+            delay = min(self._settings.first_delay * 2**attempt, self._settings.longest_delay)
+            attempt += 1
+            self._tell(
+                "restarting", f"starting again in {delay:g} s ({attempt} of {self._settings.restarts})", delay=delay
+            )
+            if self._stop.wait(delay):
+                self.failure = None
+                return
+            self._await_peers()
+        self.failure = None
+
+    def _once(self) -> Failure | None:
+        """One life of the process. Returns None when it was asked to stop."""
+        self._trouble, self.progress = None, Progress()
+        self._head_left.clear()
+        self._say("starting")
+        failure = self._set_up()
+        if failure is not None:
+            return failure
+        child = Child(self.begin.argv, self.begin.env, self.begin.log, self._line)
+        self._tell(
+            "starting",
+            f"started (process {child.pid}), log in {self.begin.log}",
+            pid=child.pid,
+            log=str(self.begin.log),
+        )
+        try:
+            failure = self._until_over(child)
+            if failure is None:
+                self._drain(child)
+        except BaseException:
+            child.terminate()
+            raise
+        finally:
+            child.end(0)
+        return failure
+
+    def _set_up(self) -> Failure | None:
+        for line in self.begin.setup:
+            try:
+                done = subprocess.run(
+                    line, env=dict(self.begin.env), capture_output=True, text=True, timeout=300, check=False,
+                    stdin=subprocess.DEVNULL,
+                )  # fmt: skip
+            except (OSError, subprocess.TimeoutExpired) as error:
+                return Failure("setup", f"{' '.join(line[:3])}: {error}", "see the log")
+            if done.returncode:
+                return explain((done.stdout + done.stderr).splitlines(), done.returncode)
+        return None
+
+    def _until_over(self, child: Child) -> Failure | None:
+        """Watches until the engine ends (why), or a stop is asked for (None)."""
+        settings, asked = self._settings, 0.0
+        answered: float | None = None
+        while not self._stop.wait(_TICK):
+            code = child.poll()
+            if code is not None:
+                child.end(0)  # the reader has seen everything then
+                return self._with_peers(explain(child.recent(), code))
+            if self._trouble is not None:
+                child.terminate()
+                child.end(2.0)
+                return self._trouble
+            now = time.monotonic()
+            if now - asked < (settings.health_every if answered else 0.5):
+                continue
+            up = healthy(self.begin.command.health_url, min(10.0, settings.health_every * 2))
+            asked = time.monotonic()
+            if up and answered is None:
+                self._became_ready(asked - child.started)
+            if up:
+                answered = asked
+            elif answered is None and now - child.started > settings.start:
+                return explain(child.recent(), None)
+            elif answered is not None and asked - answered > settings.unresponsive and self.begin.head:
+                return Failure(
+                    "unresponsive",
+                    f"the engine has not answered {self.begin.command.health_url} for {settings.unresponsive:g} s",
+                    "see the log; --restarts starts it again by itself",
+                )
+        return None
+
+    def _became_ready(self, seconds: float) -> None:
+        command = self.begin.command
+        url = command.health_url.removesuffix(command.health_path) + "/v1"
+        self._say("ready")
+        self._compare()
+        text = f"ready after {seconds:.0f} s: {url}" if self.begin.head else f"ready: the head answers at {url}"
+        self._tell("ready", text, url=url, seconds=round(seconds, 1), log=str(self.begin.log))
+        self.ready.set()
+
+    def _compare(self) -> None:
+        """Says how the engine's KV cache differs from the plan's."""
+        measured, planned = self.progress.kv_tokens, self.begin.kv_tokens
+        if measured is None or planned is None:
+            return
+        if measured == planned:
+            self._tell("cache", f"KV cache of {measured:,} tokens, as planned", kv_tokens=measured, planned=planned)
+            return
+        difference = measured / planned - 1
+        self._tell(
+            "drift",
+            f"KV cache of {measured:,} tokens, {difference:+.1%} from the plan's {planned:,}; to plan with what this "
+            f"start measured: transload plan calibrate {self.begin.log} --platform PLATFORM, then --constants",
+            kv_tokens=measured, planned=planned, difference=round(difference, 4), log=str(self.begin.log),
+        )  # fmt: skip
+
+    def _drain(self, child: Child) -> None:
+        """Lets running requests finish. A node without the API waits for the head to do that first."""
+        deadline = time.monotonic() + self._settings.drain + _GRACE
+        self._say("leaving")
+        running = self.progress.running
+        note = f"stopping: no new requests, up to {self._settings.drain:g} s for those that run"
+        self._tell("draining", note, running=running)
+        if not self.begin.head and self._peers is not None and self._peers.states():
+            while time.monotonic() < deadline - _GRACE and not self._force.is_set() and child.poll() is None:
+                if self._head_left.wait(_TICK):
+                    break
+        child.terminate()
+        while time.monotonic() < deadline and not self._force.is_set() and child.poll() is None:
+            self._force.wait(_TICK)
+
+    def _line(self, text: str) -> None:
+        """Called with every line of the engine's output."""
+        before, self.progress = self.progress, advance(self.progress, text)
+        now = self.progress
+        if now.fraction is not None and (now.fraction, now.stage) != (before.fraction, before.stage):
+            self._tell("loading", f"{now.stage}: {now.fraction:.0%}", fraction=now.fraction, stage=now.stage)
+        elif now.stage != before.stage:
+            self._tell("stage", now.stage)
+        if now.kv_tokens != before.kv_tokens and now.kv_tokens is not None and self.begin.kv_tokens is None:
+            self._tell("cache", f"KV cache of {now.kv_tokens:,} tokens", kv_tokens=now.kv_tokens)
+        loads = (now.running, now.waiting, now.tokens_per_second)
+        if loads != (before.running, before.waiting, before.tokens_per_second):
+            self._tell(
+                "load",
+                f"{now.running} running, {now.waiting} waiting, {now.tokens_per_second:.1f} tokens/s",
+                running=now.running, waiting=now.waiting, tokens_per_second=now.tokens_per_second,
+            )  # fmt: skip
+
+    def _watch_peers(self) -> None:
+        """Joins the watch between the nodes of the instance, where there are several."""
+        command, port = self.begin.command, self._settings.watch_port
+        if not self.begin.peers or not port:
+            return
+        port += command.instance
+        peers = Peers(command.node, frozenset(self.begin.peers), command.instance, self._peer)
+        if self.begin.head:
+            try:
+                peers.listen(command.address, port)
+            except OSError as error:
+                text = (
+                    f"cannot listen on {command.address}:{port} ({error.strerror}): failures of other nodes show late"
+                )
+                self._tell("notice", text)
+                return
+        else:
+            peers.connect(command.head_address, port)
+        self._peers = peers
+
+    def _peer(self, node: str, state: State, text: str) -> None:
+        """Called with every change of another node's state."""
+        address = self.begin.peers.get(node, "")
+        who = f"node {node}" + (f" ({address})" if address not in ("", node) else "")
+        words = {
+            "starting": "has joined",
+            "ready": "is ready",
+            "leaving": "is being stopped",
+            "failed": f"failed: {text}",
+        }
+        self._tell("peer", f"{who} {words.get(state, f'is gone: {text}')}", node=node, state=state)
+        to_head = node not in self.begin.peers or self.begin.peers[node] == self.begin.command.head_address
+        if state in ("failed", "gone") and to_head and not self.begin.head:
+            self._head_left.set()
+        if state in ("failed", "gone") or (state == "leaving" and self.begin.head):
+            self._trouble = Failure(
+                f"peer-{state}",
+                f"{who} {words.get(state, f'is gone: {text}')}; the engine spans it and cannot answer without it",
+                ""
+                if state == "leaving"
+                else f"see its log, and start it again there: transload launch DIR --node {node}",
+            )
+
+    def _with_peers(self, failure: Failure) -> Failure:
+        """The failure of another node where there is one: it came first. A moment is given for the news to arrive."""
+        if failure.name in ("peer-lost", "peer-timeout", "unknown") and self._peers is not None:
+            deadline = time.monotonic() + 3
+            while self._trouble is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+        return self._trouble or failure
+
+    def _await_peers(self) -> None:
+        """Before a restart: nodes that were here before must be back, or the engine waits for them in vain."""
+        if self._peers is None:
+            return
+        told = False
+        while not self._stop.is_set():
+            missing = [n for n, state in self._peers.states().items() if state in ("gone", "failed", "leaving")]
+            if not missing:
+                return
+            if not told:
+                self._tell("notice", f"waiting for {', '.join(missing)} to come back")
+                told = True
+            self._stop.wait(_TICK)
+
+    def _say(self, state: State, text: str = "") -> None:
+        if self._peers is not None:
+            self._peers.say(state, text)
+
+    def _say_failed(self, failure: Failure) -> None:
+        if not failure.name.startswith("peer-"):
+            self._say("failed", failure.sentence)
+        step = f" Next: {failure.next_step}." if failure.next_step else ""
+        data = {"failure": failure.name, "next_step": failure.next_step, "evidence": failure.evidence}
+        self._tell("failed", f"{failure.sentence}.{step}", **data, log=str(self.begin.log))
+
+    def _tell(self, kind: Kind, text: str, **data: str | int | float | bool) -> None:
+        self._listener(Event(kind, self.begin.name, text, data))
