@@ -24,6 +24,7 @@ from transload import checkpoint as checkpoints
 from transload.checkpoint import Checkpoint
 from transload.errors import ConfigError, FormatError, Unsupported
 from transload.hal import Device, find_device
+from transload.models.classes import SAME_MODEL, not_in_transformers, without_quantization
 from transload.runtime.config import Progress, TransloadConfig
 from transload.runtime.floats import float_state
 from transload.runtime.spread import Spread
@@ -164,7 +165,7 @@ def _device_map(spread: Spread | None, recipe: TransloadConfig | None, one: torc
 
 def model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
     """The model's configuration without its quantization, which is read by Transload and not by transformers."""
-    fields = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
+    fields = without_quantization(checkpoint.config)
     if "auto_map" in fields and trust_remote_code:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
         if hasattr(config, "quantization_config"):
@@ -173,8 +174,10 @@ def model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedC
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str):
         raise FormatError(f"{checkpoint.path}: config.json is missing or has no model_type, so no model can be built")
+    if (reason := not_in_transformers(fields)) is not None:
+        raise Unsupported(f"{checkpoint.path}: {reason}")
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        return AutoConfig.for_model(SAME_MODEL.get(model_type, model_type), **fields)
     except ValueError as e:
         raise Unsupported(
             f"{checkpoint.path}: transformers {transformers.__version__} has no model '{model_type}': {e}"
