@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from transload.quant import ActSpec, QuantSpec, Zero
 from transload_cuda import configs
@@ -23,6 +24,7 @@ from transload_cuda.layouts import geometry, zero_kind
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed; it compiles the kernels")
 
 ARCHS = (80, 90, 100)
+X_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTS = ("m", "n", "k", "width", "groups", "experts", "tiles_m", "tiles_n", "x_stride", "padded_k", "size")
 # What launch.py passes as multiples of 16 for real models; Triton specializes a kernel for that.
 ALIGNED = {"n", "k", "width", "x_stride", "padded_k"}
@@ -91,6 +93,7 @@ def compiled(fn: Any, pointers: dict[str, str], constants: dict[str, Any], arch:
 
 
 def matmul(build: Build) -> tuple[Any, configs.Config]:
+    from transload_cuda.jit import launch
     from transload_cuda.jit.a8 import matmul_a8
     from transload_cuda.jit.a16 import matmul_a16
 
@@ -102,6 +105,7 @@ def matmul(build: Build) -> tuple[Any, configs.Config]:
         scheme, rows, 4096, g.width, g.lanes, g.segment, size, build.arch, 132, build.rows if build.experts else None
     )
     config = configs.fitted(configs.default(ask), ask)
+    apart = launch.subtracts_apart(build.arch, config)
     constants: dict[str, Any] = {
         "LANES": g.lanes,
         "GROUP": g.group,
@@ -114,6 +118,7 @@ def matmul(build: Build) -> tuple[Any, configs.Config]:
         "BLOCK_K": config.block_k,
         "SPLITS": config.splits,
         "BAND": 8,
+        "PTX": launch.ptx(spec, X_DTYPES[build.x], apart),
     }
     y = f"*{build.x}" if config.splits == 1 else "*fp32"
     sides = "*u8" if spec.zero is Zero.CODES else "*fp32"
@@ -121,15 +126,15 @@ def matmul(build: Build) -> tuple[Any, configs.Config]:
     pointers |= {"counts_ptr": "*i64", "y_ptr": y}
     if spec.act is None:
         pointers["x_ptr"] = f"*{build.x}"
-        constants["EVEN_K"] = True
+        constants |= {"EVEN_K": True, "APART": apart}
         return compiled(matmul_a16, pointers, constants, build.arch, config.warps, config.stages), config
     pointers |= {"x_ptr": "*i8", "x_scales_ptr": "*fp32", "sums_ptr": "*i32"}
-    constants |= {"ACT_GROUP": g.act_group, "WHOLE": g.segment == 0}
+    constants |= {"BITS": spec.bits, "ACT_GROUP": g.act_group, "WHOLE": g.segment == 0}
     return compiled(matmul_a8, pointers, constants, build.arch, config.warps, config.stages), config
 
 
-def registers_and_stack(cubin: bytes, folder: Path) -> tuple[int, int]:
-    """Registers a thread and bytes of stack (spills) of a kernel, read from its machine code by cuobjdump."""
+def cuobjdump(cubin: bytes, folder: Path, option: str) -> str:
+    """What Triton's own copy of NVIDIA's tool says of a kernel's machine code."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -137,10 +142,25 @@ def registers_and_stack(cubin: bytes, folder: Path) -> tuple[int, int]:
         pytest.skip("this Triton ships no cuobjdump")
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
-    assert found, done.stdout
+    done = subprocess.run([tool, option, path], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def registers_and_stack(cubin: bytes, folder: Path) -> tuple[int, int]:
+    """Registers a thread and bytes of stack (spills) of a kernel."""
+    text = cuobjdump(cubin, folder, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
     return int(found[1]), int(found[2])
+
+
+def longest_loop(cubin: bytes, folder: Path) -> int:
+    """Instructions in the longest loop of a kernel: between a branch backwards and its target."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", cuobjdump(cubin, folder, "-sass"))
+    places = [int(place, 16) for place, _ in lines]
+    jumps = [re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text) for _, text in lines]
+    backward = [(int(j[1], 16), at) for j, at in zip(jumps, places, strict=True) if j and int(j[1], 16) < at]
+    return max(sum(first <= at <= last for at in places) for first, last in backward)
 
 
 @pytest.mark.parametrize("build", BUILDS, ids=lambda b: b.id)
@@ -148,15 +168,15 @@ def test_a_matmul_compiles_to_tensor_core_code_that_fits(build: Build, tmp_path:
     kernel, config = matmul(build)
     assert f".target sm_{build.arch}" in kernel.asm["ptx"]
     assert kernel.metadata.shared <= configs.SHARED_BYTES[build.arch], config
-    integer, floating = (("mma", "wgmma", "tcgen05.mma")[i] for i in (0, ARCHS.index(build.arch)))
-    assert (integer if build.spec.act else floating) in kernel.asm["ptx"]
+    newest = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")[ARCHS.index(build.arch)]
+    assert (newest if config.warps >= 4 else "mma.sync") in kernel.asm["ptx"]
     registers, stack = registers_and_stack(kernel.asm["cubin"], tmp_path)
     print(f"{build.id}: {registers} registers, {stack} bytes of stack, {kernel.metadata.shared} shared, {config}")
-    assert stack <= STACK_ALLOWED
+    assert stack <= (STACK_ALLOWED if build.spec.act and config.block_m == 128 else 0)
 
 
-# Bytes a thread may spill in the large tiles: a few registers of the epilogue, outside the loop.
-STACK_ALLOWED = 128
+# Bytes a thread may spill in the large tiles of W4A8; the others spill nothing.
+STACK_ALLOWED = 192
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -174,3 +194,19 @@ def test_the_quantizers_and_the_sum_of_splits_compile(arch: int) -> None:
     ):
         assert f".target sm_{arch}" in kernel.asm["ptx"]
         assert len(kernel.asm["cubin"]) > 1000
+
+
+# Instructions a weight and thread in the loop of a product of few rows, of which 4.9 to 6.7 (a16) and 5.1 to 5.5 (a8)
+# were needed without PTX. An H200 issues 29.7e12 a second: at 2.4, codes and scales come in at 6.4 TB/s, more than its
+# memory gives.
+MOST = {"a16": 2.4, "a8": 1.15}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("spec", [SYM, replace(SYM, act=TOKEN), replace(SYM, zero=Zero.CODES)], ids=str)
+def test_few_rows_take_few_instructions_a_weight(spec: QuantSpec, arch: int, tmp_path: Path) -> None:
+    kernel, config = matmul(Build(spec, "bf16", 1, arch))
+    weights = 2 * config.block_n * config.block_k / (32 * config.warps)
+    each = longest_loop(kernel.asm["cubin"], tmp_path) / weights
+    print(f"sm_{arch} {spec}: {each:.2f} instructions a weight, {config}")
+    assert each <= MOST["a8" if spec.act else "a16"]

@@ -38,10 +38,10 @@ def test_every_default_fits_its_groups_and_shared_memory() -> None:
 
 
 def test_few_rows_split_k_until_every_multiprocessor_has_work() -> None:
-    assert configs.default(replace(DECODE, n=1024)).splits == 8
+    assert configs.default(replace(DECODE, n=1024)).splits == 16
     assert configs.default(replace(DECODE, n=65536)).splits == 1
     assert configs.default(replace(DECODE, rows=512)).splits == 1
-    assert configs.default(replace(DECODE, n=256, tiles_of_rows=64)).splits == 1
+    assert configs.default(replace(DECODE, n=1024, tiles_of_rows=64)).splits == 1
 
 
 def test_candidates_are_distinct_and_fit() -> None:

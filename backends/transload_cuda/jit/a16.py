@@ -11,26 +11,7 @@ import triton
 import triton.language as tl
 
 from transload_cuda.jit.tiles import CODES, FLOATS, MINS, place_of_program, rows_of_tile, store_tile
-
-
-@triton.jit
-def as_float(integer, dtype: tl.constexpr, NARROW: tl.constexpr):
-    """2**p + integer in float16, float32 or, for integers up to 127, bfloat16: its bits set into the mantissa.
-
-    p is the number of mantissa bits. An integer-to-float conversion would take eight times as long as this.
-    """
-    if dtype == tl.float16:
-        return (integer.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
-    elif dtype == tl.bfloat16 and NARROW:
-        return (integer.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
-    else:
-        return (integer.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def less(codes, zero, dtype: tl.constexpr, NARROW: tl.constexpr):
-    """codes - zero, both integers of at most 8 bits (NARROW: 4), exactly, in dtype."""
-    return (as_float(codes, dtype, NARROW) - as_float(zero, dtype, NARROW)).to(dtype)
+from transload_cuda.jit.unpack import as_float, less, nibble_floats
 
 
 @triton.jit
@@ -54,7 +35,7 @@ def add_block(
 ):
     """acc plus codes [BLOCK_N, BLOCK_K] times x.T [BLOCK_K, BLOCK_M], inputs k_first and following of one group.
 
-    With DEFER, one scale covers the row and the caller applies it at the end.
+    codes: as `less` gives them. With DEFER, one scale covers the row and the caller applies it at the end.
     """
     at = k_first + tl.arange(0, BLOCK_K)
     if EVEN_K:
@@ -63,14 +44,12 @@ def add_block(
         x = tl.load(x_rows[None, :] + at[:, None], mask=(at < k)[:, None], other=0.0)
     side = outputs if GROUP == 0 else (k_first // GROUP) * n + outputs
     if ZERO == CODES:
-        w = less(codes, tl.load(sides_ptr + side)[:, None], x.dtype, NARROW)
-    else:
-        w = less(codes, tl.full((1, 1), OFFSET, tl.uint8), x.dtype, NARROW)
+        codes = (codes - as_float(tl.load(sides_ptr + side)[:, None], x.dtype, NARROW)).to(x.dtype)
     if DEFER:
-        acc = tl.dot(w, x, acc)
+        acc = tl.dot(codes, x, acc)
     else:
         scale = tl.load(scales_ptr + side).to(tl.float32)
-        acc += tl.dot(w, x) * scale[:, None]
+        acc += tl.dot(codes, x) * scale[:, None]
         if ZERO == FLOATS:
             zero = tl.load(sides_ptr + side).to(tl.float32)
             acc += ((OFFSET - zero) * scale)[:, None] * tl.sum(x.to(tl.float32), 0)[None, :]
@@ -110,11 +89,15 @@ def matmul_a16(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     BAND: tl.constexpr,
+    PTX: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """y[split, M, N] of x [M, K] (rows x_stride apart) and a weight in the layout of layouts.py.
 
-    sides are zeros or mins. Grid: (tiles_m * tiles_n, SPLITS); split s sums its own part of K.
+    sides are zeros or mins; PTX and APART are those of `nibble_floats`.
+    Grid: (tiles_m * tiles_n, SPLITS); split s sums its own part of K.
     """
+    TAKEN: tl.constexpr = 0 if ZERO == CODES else OFFSET
     DEFER: tl.constexpr = GROUP == 0 and ZERO <= CODES
     tile, column = place_of_program(tiles_m, tiles_n, BAND)
     split = tl.program_id(1)
@@ -138,17 +121,19 @@ def matmul_a16(
         first = block * BLOCK_K
         packed = tl.load(codes_row[:, None] + (first + tl.arange(0, BLOCK_K))[None, :])
         if LANES == 2:
+            low, high = nibble_floats(packed, TAKEN, x_ptr.dtype.element_ty, PTX, APART)
             acc = add_block(
-                acc, packed & 15, x_rows, scales_ptr, sides_ptr, first, k, n, near,
+                acc, low, x_rows, scales_ptr, sides_ptr, first, k, n, near,
                 GROUP, ZERO, OFFSET, DEFER, EVEN_K, BLOCK_K, LANES == 2,
             )  # fmt: skip
             acc = add_block(
-                acc, packed >> 4, x_rows, scales_ptr, sides_ptr, first + width, k, n, near,
+                acc, high, x_rows, scales_ptr, sides_ptr, first + width, k, n, near,
                 GROUP, ZERO, OFFSET, DEFER, EVEN_K, BLOCK_K, LANES == 2,
             )  # fmt: skip
         else:
+            codes = less(as_float(packed, x_ptr.dtype.element_ty, False), TAKEN, x_ptr.dtype.element_ty, False)
             acc = add_block(
-                acc, packed, x_rows, scales_ptr, sides_ptr, first, k, n, near,
+                acc, codes, x_rows, scales_ptr, sides_ptr, first, k, n, near,
                 GROUP, ZERO, OFFSET, DEFER, EVEN_K, BLOCK_K, LANES == 2,
             )  # fmt: skip
     if DEFER:

@@ -10,15 +10,7 @@ import triton
 import triton.language as tl
 
 from transload_cuda.jit.tiles import MIDPOINT, MINS, place_of_program, rows_of_tile, store_tile
-
-
-@triton.jit
-def signed(codes, OFFSET: tl.constexpr):
-    """codes - OFFSET as int8."""
-    if OFFSET == 128:
-        return (codes ^ 128).to(tl.int8, bitcast=True)  # the top bit turned over is the number less 128
-    else:
-        return codes.to(tl.int8) - OFFSET
+from transload_cuda.jit.unpack import nibble_int8
 
 
 @triton.jit
@@ -48,17 +40,20 @@ def add_block(
     WHOLE: tl.constexpr,
     ZERO: tl.constexpr,
     OFFSET: tl.constexpr,
+    DOWN: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc plus one block of inputs, all of one segment: float32, or int32 where WHOLE leaves scaling to the end."""
+    """acc plus one block of inputs, all of one segment: float32, or int32 where WHOLE leaves scaling to the end.
+
+    codes: int8, less OFFSET and divided by DOWN, a power of two: the sums become floats with the same bits rounded.
+    """
     x = tl.load(x_rows[None, :] + (k_first + tl.arange(0, BLOCK_K))[:, None])
-    w = signed(codes, OFFSET)
     if WHOLE:
-        acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+        acc = tl.dot(codes, x, acc, out_dtype=tl.int32)
     else:
         side = outputs if GROUP == 0 else (k_first // GROUP) * n + outputs
         scale = tl.load(scales_ptr + side).to(tl.float32)
-        part = tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * scale[:, None]
+        part = tl.dot(codes, x, out_dtype=tl.int32).to(tl.float32) * (scale * DOWN)[:, None]
         if ZERO != MIDPOINT:
             sums = tl.load(sums_ptr + (k_first // BLOCK_K) * m + rows)
             part += zero_term(scale, sides_ptr, side, sums, ZERO, OFFSET)
@@ -87,6 +82,7 @@ def matmul_a8(
     tiles_m,
     tiles_n,
     LANES: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     ACT_GROUP: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -99,10 +95,11 @@ def matmul_a8(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     BAND: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """y[split, M, N] of int8 x [M, LANES * width] with scales and sums as quantize.py makes them.
 
-    WHOLE: one weight scale and one activation scale a row, and one sum of the whole row.
+    WHOLE: one weight scale and one activation scale a row, and one sum of the whole row. PTX: unpack.int8_ptx or "".
     Grid: (tiles_m * tiles_n, SPLITS); split s sums its own part of K.
     """
     tile, column = place_of_program(tiles_m, tiles_n, BAND)
@@ -121,6 +118,7 @@ def matmul_a8(
     scales_ptr += expert64 * groups * n
     sides_ptr += expert64 * groups * n
 
+    DOWN: tl.constexpr = 1.0 / (1 << (8 - BITS)) if LANES == 2 else 1.0
     blocks = width // BLOCK_K
     each = (blocks + SPLITS - 1) // SPLITS
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if WHOLE else tl.float32)
@@ -128,23 +126,26 @@ def matmul_a8(
         first = block * BLOCK_K
         packed = tl.load(codes_row[:, None] + (first + tl.arange(0, BLOCK_K))[None, :])
         if LANES == 2:
+            low, high = nibble_int8(packed, BITS, PTX)
             acc = add_block(
-                acc, packed & 15, x_rows, valid, scales_ptr, sides_ptr, x_scales_ptr, sums_ptr, first, m, n, near,
-                GROUP, ACT_GROUP, WHOLE, ZERO, OFFSET, BLOCK_K,
+                acc, low, x_rows, valid, scales_ptr, sides_ptr, x_scales_ptr, sums_ptr, first, m, n, near,
+                GROUP, ACT_GROUP, WHOLE, ZERO, OFFSET, DOWN, BLOCK_K,
             )  # fmt: skip
             acc = add_block(
-                acc, packed >> 4, x_rows, valid, scales_ptr, sides_ptr, x_scales_ptr, sums_ptr, first + width, m, n,
-                near, GROUP, ACT_GROUP, WHOLE, ZERO, OFFSET, BLOCK_K,
+                acc, high, x_rows, valid, scales_ptr, sides_ptr, x_scales_ptr, sums_ptr, first + width, m, n,
+                near, GROUP, ACT_GROUP, WHOLE, ZERO, OFFSET, DOWN, BLOCK_K,
             )  # fmt: skip
         else:
+            # The top bit turned over is the number less 128. Narrower codes are less than 128: no bit is lost.
+            codes = (packed ^ 128).to(tl.int8, bitcast=True) if OFFSET == 128 else packed.to(tl.int8) - OFFSET
             acc = add_block(
-                acc, packed, x_rows, valid, scales_ptr, sides_ptr, x_scales_ptr, sums_ptr, first, m, n, near,
-                GROUP, ACT_GROUP, WHOLE, ZERO, OFFSET, BLOCK_K,
+                acc, codes, x_rows, valid, scales_ptr, sides_ptr, x_scales_ptr, sums_ptr, first, m, n, near,
+                GROUP, ACT_GROUP, WHOLE, ZERO, OFFSET, DOWN, BLOCK_K,
             )  # fmt: skip
     y = acc.to(tl.float32)
     if WHOLE:
         scale = tl.load(scales_ptr + near).to(tl.float32)
-        y = y * scale[:, None]
+        y = y * (scale * DOWN)[:, None]
         if ZERO != MIDPOINT:
             term = zero_term(scale, sides_ptr, near, tl.load(sums_ptr + valid), ZERO, OFFSET)
             y += tl.where(split == 0, term, 0.0)

@@ -14,15 +14,16 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
-from transload.quant import QuantSpec
+from transload.quant import QuantSpec, Zero
 from transload_cuda import configs, layouts
 from transload_cuda.configs import Ask, Config
 from transload_cuda.jit.a8 import matmul_a8
 from transload_cuda.jit.a16 import matmul_a16
 from transload_cuda.jit.quantize import quantize_groups, quantize_tokens
 from transload_cuda.jit.tiles import sum_splits
+from transload_cuda.jit.unpack import floats_ptx, int8_ptx
 
-__all__ = ["INTERPRETED", "OutOfResources", "ask", "find_config", "multiply", "quantize"]
+__all__ = ["INTERPRETED", "OutOfResources", "ask", "find_config", "multiply", "ptx", "quantize"]
 
 INTERPRETED = isinstance(matmul_a16, InterpretedFunction)
 BAND = 8  # tiles of rows that walk through the outputs together
@@ -78,6 +79,7 @@ def _multiply(
     sides = next((tensors[name] for name in ("zeros", "mins") if name in tensors), tensors["scales"])
     weight = (tensors["codes"], tensors["scales"], sides, out if bias is None else bias)
     sizes = (g.width, g.groups, 1 if counts is None else len(counts), tiles_m, tiles_n)
+    apart = subtracts_apart(_chip(x.device)[0], config)
     choices = {
         "LANES": g.lanes,
         "GROUP": g.group,
@@ -90,6 +92,7 @@ def _multiply(
         "BLOCK_K": config.block_k,
         "SPLITS": splits,
         "BAND": BAND,
+        "PTX": "" if INTERPRETED else ptx(spec, x.dtype, apart),
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
@@ -100,13 +103,14 @@ def _multiply(
         if order is not None:
             x = x.index_select(1, order)
         even = g.padded_k == k
-        matmul_a16[grid](x, *weight, rows, out, m, n, k, *sizes, x.stride(0), EVEN_K=even, **choices)
+        matmul_a16[grid](x, *weight, rows, out, m, n, k, *sizes, x.stride(0), EVEN_K=even, APART=apart, **choices)
     else:
         q, scales, sums = quantize(x, g, config.block_k, order)
         whole = g.segment == 0
         matmul_a8[grid](
-            q, scales, sums, *weight, rows, out, m, n, *sizes, ACT_GROUP=g.act_group, WHOLE=whole, **choices
-        )
+            q, scales, sums, *weight, rows, out, m, n, *sizes,
+            BITS=spec.bits, ACT_GROUP=g.act_group, WHOLE=whole, **choices,
+        )  # fmt: skip
     if splits > 1:
         block = 1024
         sum_splits[(triton.cdiv(m * n, block),)](out, y, m * n, SPLITS=splits, BLOCK=block)
@@ -134,6 +138,25 @@ def quantize(x: Tensor, g: layouts.Geometry, block: int, order: Tensor | None) -
             x, q, scales, sums, *sizes, GROUP=g.act_group, BLOCK=block, BLOCKS=blocks, MANY=many
         )
     return q, scales, sums
+
+
+@cache
+def ptx(spec: QuantSpec, x_dtype: torch.dtype, apart: bool) -> str:
+    """The PTX that unpacks codes of at most 4 bits for a tensor core; "" for wider codes and for float32 x."""
+    if spec.bits > 4 or (spec.act is None and x_dtype == torch.float32):
+        return ""
+    if spec.act is not None:
+        return int8_ptx(spec.bits)
+    return floats_ptx(x_dtype == torch.float16, 0 if apart or spec.zero is Zero.CODES else spec.midpoint)
+
+
+def subtracts_apart(arch: int, config: Config) -> bool:
+    """True where W4A16 is faster with the midpoint's subtraction outside the PTX: for warp groups on Hopper.
+
+    The subtraction keeps Triton from unpacking in the layout of a warp group's operand, for which codes would be read
+    two at a time. Other tensor-core instructions read four, and there the PTX does it all.
+    """
+    return arch == 90 and config.warps % 4 == 0 and config.block_n >= 64
 
 
 def find_config(x: Tensor, spec: QuantSpec, n: int, counts: Tensor | None) -> Config:
