@@ -22,6 +22,7 @@ from transload.writer.journal import NAME as JOURNAL
 from transload.writer.journal import Journal
 from transload.writer.layout import MAX_SHARD_BYTES, Layout, Plan, Shard, Slot, lay_out
 from transload.writer.place import check_apart, check_free, check_space, named, os_errors, sync_folder, take_name
+from transload.writer.syncing import Syncer
 
 _SYNC_BYTES = 256 << 20
 
@@ -76,6 +77,7 @@ class Writer:
         self._pending: list[str] = []  # written, not yet known to be on the disk
         self._pending_bytes = 0
         self._journal: Journal | None = None
+        self._syncer: Syncer | None = None
         if source is not None:
             check_apart(self.path, Path(source))
         check_free(self.path, overwrite, self.layout.single)
@@ -123,7 +125,16 @@ class Writer:
             self._pending.append(name)
             self._pending_bytes += slot.nbytes
             if self._pending_bytes >= self._sync_bytes:
-                self._sync()
+                self.flush()
+
+    def flush(self) -> None:
+        """Begins to bring what is written to the disk and to record it, without waiting for either."""
+        if self._syncer is None or not self._pending:
+            return
+        files = sorted({self._slots[name].file for name in self._pending})
+        with os_errors(self.partial):
+            self._syncer.start([self._files[file] for file in files], self._pending)
+        self._pending, self._pending_bytes = [], 0
 
     def add_json(self, name: str, value: Mapping[str, object]) -> None:
         """Writes a JSON file beside the weights. Raises ConfigError when the name is taken."""
@@ -159,6 +170,7 @@ class Writer:
     def _begin(self) -> None:
         """Opens the journal and the shards; fresh shards get their header and their full, still empty, size."""
         self._journal = Journal(self.partial, self._job)
+        self._syncer = Syncer(self._journal)
         self.finished = self._journal.finished & self._slots.keys()
         self._remove_others()
         check_space(self.partial, sum(s.nbytes for name, s in self._slots.items() if name not in self.finished))
@@ -188,14 +200,6 @@ class Writer:
         self._others.add(name)
         return self.partial / name
 
-    def _sync(self) -> None:
-        """Brings written tensors to the disk, then records them."""
-        assert self._journal is not None
-        for file in {self._slots[name].file for name in self._pending}:
-            os.fsync(self._files[file])
-        self._journal.record(self._pending)
-        self._pending, self._pending_bytes = [], 0
-
     def _complete(self) -> None:
         missing = [name for name in self._slots if name not in self._added and name not in self.finished]
         if missing:
@@ -203,7 +207,9 @@ class Writer:
             raise ConfigError(f"{self.path}: {len(missing)} planned tensors were not written: {some}")
         for name, data in self.layout.beside.items():
             (self.partial / name).write_bytes(data)
-        self._sync()
+        self.flush()
+        assert self._syncer is not None
+        self._syncer.wait()
         for name in self._others | self.layout.beside.keys():
             _sync_file(self.partial / name)
         self._close()
@@ -224,6 +230,8 @@ class Writer:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _close(self) -> None:
+        if self._syncer is not None:
+            self._syncer.close()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
