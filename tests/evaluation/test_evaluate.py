@@ -167,3 +167,9 @@ def test_the_command_fails_when_a_limit_is_broken_and_writes_its_report(folder: 
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
     with pytest.raises(OutputExists):
         _run(*base, "--html", tmp_path / "r.html")
+
+
+def test_tasks_without_the_harness_are_refused_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install lm_eval"):
+        _run(folder, "--tasks", "anything")
