@@ -6,177 +6,137 @@ Data, one row a rule, read from the engines' own sources and checked by running 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
-from transload.quant import PER_CHANNEL, Grid, QuantSpec, Zero
+from transload.engine import Engine, Layer, Rule
+from transload.errors import ConfigError
+from transload.quant import PER_CHANNEL, Grid, Zero
 
 ANY: frozenset[int] = frozenset()
-_MARLIN_GROUPS = frozenset({PER_CHANNEL, 32, 64, 128})
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What a rule looks at: one quantized layer as it lies in a checkpoint."""
-
-    spec: QuantSpec
-    experts: bool = False  # a routed expert of a mixture of experts
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A format that an engine loads, with the limits it has. executed is the scheme that really runs."""
-
-    format: str
-    bits: frozenset[int]
-    groups: frozenset[int]  # ANY: every size
-    zeros: frozenset[Zero]
-    executed: str
-    act: str = "none"  # "none", "token" (dynamic int8 per token), "static"
-    grid: Grid = Grid.INT
-    experts: bool | None = None  # None: dense layers and experts
-    note: str = ""
-
-    def objections(self, layer: Layer) -> list[str]:
-        """Every reason why the rule does not cover a layer, empty when it does."""
-        spec, act = layer.spec, _act(layer.spec)
-        checks = (
-            (self.experts in (None, layer.experts), "experts only" if self.experts else "dense layers only"),
-            (spec.grid is self.grid, f"codes are {self.grid.value}, not {spec.grid.value}"),
-            (act == self.act, f"activations {_ACT[self.act]}, not {_ACT.get(act, act)}"),
-            (spec.bits in self.bits, f"{_list(self.bits)} bits, not {spec.bits}"),
-            (
-                not self.groups or spec.group_size in self.groups,
-                f"group size {_list(self.groups)}, not {spec.group_size}",
-            ),
-            (spec.zero in self.zeros, f"{_list(z.value for z in self.zeros)} zero points, not {spec.zero.value}"),
-            (not spec.act_order, "no act-order (g_idx)"),
-        )
-        return [reason for good, reason in checks if not good]
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """One release of an engine on one vendor's hardware."""
-
-    name: str
-    version: str
-    hardware: str
-    rules: tuple[Rule, ...]
-    command: str  # how to start it, {path} is the checkpoint
-
-    @property
-    def label(self) -> str:
-        """Name, version and hardware in one short word for tables."""
-        return f"{self.name} {self.version} ({self.hardware})"
-
-    def covers(self, format: str, layer: Layer) -> Rule | str:
-        """The rule that runs a layer, or why none does, a sentence."""
-        rules = [r for r in self.rules if r.format == format]
-        if not rules:
-            formats = _list(dict.fromkeys(r.format for r in self.rules))
-            return f"loads {formats}, not {format}"
-        objections = [rule.objections(layer) for rule in rules]
-        fewest = min(len(found) for found in objections)
-        if fewest == 0:
-            return rules[objections.index([])]
-        nearest = [", ".join(found) for found in objections if len(found) == fewest]
-        return "; or ".join(dict.fromkeys(nearest))
-
-
 _SYM, _ASYM = frozenset({Zero.MIDPOINT}), frozenset({Zero.CODES})
 _NONE = frozenset({Zero.NONE})
 _W4, _W8, _W48 = frozenset({4}), frozenset({8}), frozenset({4, 8})
 _CHANNEL = frozenset({PER_CHANNEL})
 _SERVE = "vllm serve {path}"
 
+_MARLIN = frozenset({PER_CHANNEL, 32, 64, 128})
+_MACHETE = frozenset({PER_CHANNEL, 64, 128})
+_HOPPER = frozenset({"sm90"})
+_BEFORE_ADA = frozenset({"sm75", "sm80", "sm86"})
+_FROM_ADA = frozenset({"sm89", "sm90", "sm100", "sm120"})
+_INT8_CORES = frozenset({"sm75", "sm80", "sm86", "sm89", "sm90"})
+
+# What the environment variable does and where it misleads, by the kernel that is chosen.
+_MARLIN_A8 = (
+    "VLLM_MARLIN_INPUT_DTYPE=int8 makes Marlin multiply int8 activations, and rounds the scales of symmetric 4-bit "
+    "layers a second time"
+)
+_TRAP = (
+    "VLLM_MARLIN_INPUT_DTYPE=int8 is a trap on sm90: Machete is chosen and goes on with 16-bit activations; only with "
+    "VLLM_DISABLED_KERNELS=MacheteLinearKernel does it reach Marlin"
+)
+_IGNORED = "VLLM_MARLIN_INPUT_DTYPE changes nothing on sm90: Machete is chosen, which has 16-bit activations"
+_INT8_ARCHS = "from sm100 on vLLM refuses int8 matmuls when the first token is computed"
+
 VLLM_CUDA = Engine(
     "vllm",
     "0.32",
     "CUDA",
     (
-        Rule("gptq", _W48, _MARLIN_GROUPS, _SYM, "W{bits}A16"),
-        Rule("awq", _W4, _MARLIN_GROUPS, _ASYM, "W4A16"),
-        Rule("compressed-tensors", _W4, _MARLIN_GROUPS | {256}, _SYM | _ASYM, "W4A16"),
-        Rule("compressed-tensors", _W8, _MARLIN_GROUPS, _SYM, "W8A16"),
-        Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", act="token"),
-        Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", act="static"),
-        Rule("fp8", _W8, frozenset({128}), _NONE, "W8A8 fp8", grid=Grid.E4M3),
+        Rule("gptq", _W48, _MACHETE, _SYM, "W{bits}A16", "Machete", experts=False, archs=_HOPPER, note=_TRAP),
+        Rule("gptq", _W48, _MARLIN, _SYM, "W{bits}A16", "Marlin", note=_MARLIN_A8),
+        Rule("awq", _W4, _MACHETE, _ASYM, "W4A16", "Machete", experts=False, archs=_HOPPER, note=_TRAP),
+        Rule("awq", _W4, _MARLIN, _ASYM, "W4A16", "Marlin"),
+        Rule("compressed-tensors", _W48, _MACHETE, _SYM, "W{bits}A16", "Machete", experts=False, archs=_HOPPER,
+             note=_IGNORED),
+        Rule("compressed-tensors", _W48, _MACHETE, _ASYM, "W{bits}A16", "Machete", experts=False, archs=_HOPPER),
+        Rule("compressed-tensors", _W48, _MARLIN, _SYM, "W{bits}A16", "Marlin", note=_MARLIN_A8),
+        Rule("compressed-tensors", _W4, _MARLIN, _ASYM, "W4A16", "Marlin"),
+        Rule("compressed-tensors", _W4, frozenset({256}), _SYM | _ASYM, "W4A16", "Triton", experts=False),
+        Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", "CUTLASS", act="token", archs=_INT8_CORES,
+             note=_INT8_ARCHS),
+        Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", "CUTLASS", act="static", archs=_INT8_CORES,
+             note=_INT8_ARCHS),
+        Rule("fp8", _W8, frozenset({128}), _NONE, "W8A8 fp8", grid=Grid.E4M3, archs=_FROM_ADA),
+        Rule("fp8", _W8, frozenset({128}), _NONE, "W8A16", "Marlin", grid=Grid.E4M3, archs=_BEFORE_ADA),
     ),
     _SERVE,
-)
+    ("sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120"),
+)  # fmt: skip
+
+_AMX, _AVX512 = frozenset({"amx"}), frozenset({"avx512"})
+_SILENT = "with AMX and bfloat16 it runs as W4A8 unless VLLM_CPU_INT4_W4A8=0; without AMX as W4A16"
+_WIDE = "CPUWNA16"
+_CPU_EXPERTS = "experts of 4 and 8 bits need AMX; inside, 4-bit ones multiply int8 activations"
+
+
+def _cpu_int4(format: str, zeros: frozenset[Zero]) -> tuple[Rule, Rule]:
+    """Dense 4-bit layers: the same kernel, with int8 activations where there is AMX."""
+    return (
+        Rule(format, _W4, _MARLIN, zeros, "W4A8", _WIDE, experts=False, archs=_AMX, multiple=32, note=_SILENT),
+        Rule(format, _W4, _MARLIN, zeros, "W4A16", _WIDE, experts=False, archs=_AVX512, multiple=32, note=_SILENT),
+    )
+
 
 VLLM_CPU = Engine(
     "vllm-cpu",
     "0.32",
     "CPU",
     (
-        Rule("gptq", _W4, _MARLIN_GROUPS, _SYM, "W4A8", note="VLLM_CPU_INT4_W4A8=0 runs it as W4A16 on AMX hosts"),
-        Rule("awq", _W4, _MARLIN_GROUPS, _ASYM, "W4A8", note="VLLM_CPU_INT4_W4A8=0 runs it as W4A16 on AMX hosts"),
-        Rule(
-            "compressed-tensors",
-            _W4,
-            _MARLIN_GROUPS,
-            _SYM | _ASYM,
-            "W4A8",
-            experts=False,
-            note="VLLM_CPU_INT4_W4A8=0 runs it as W4A16 on AMX hosts",
-        ),
-        Rule("compressed-tensors", _W4, frozenset({PER_CHANNEL, 64, 128}), _SYM, "W4A16", experts=True),
-        Rule("compressed-tensors", _W4, _MARLIN_GROUPS, _SYM, "W4A8", act="token", experts=False),
-        Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", act="token"),
+        *_cpu_int4("gptq", _SYM),
+        *_cpu_int4("awq", _ASYM),
+        *_cpu_int4("compressed-tensors", _SYM | _ASYM),
+        Rule("compressed-tensors", _W4, frozenset({PER_CHANNEL, 64, 128}), _SYM, "W4A8", "CPUExpertsInt4",
+             experts=True, archs=_AMX, note=_CPU_EXPERTS),
+        Rule("compressed-tensors", _W4, _MARLIN, _SYM, "W4A8", "Dynamic4bit", act="token", experts=False),
+        Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", "CPUInt8ScaledMM", act="token", experts=False),
+        Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", "CPUExpertsInt8", act="token", experts=True,
+             archs=_AMX, multiple=32, note=_CPU_EXPERTS),
     ),
     _SERVE,
-)
+    ("amx", "avx512"),
+)  # fmt: skip
+
+_A23 = frozenset({"a2", "a3"})
+_EXPERT_NOTE = "experts in compressed-tensors W4A16 have no expert load balancing (EPLB) in vllm-ascend"
+_BF16_SCALES = "vllm-ascend loads these scales as bfloat16, so that float32 ones are rounded once"
+_WEIGHT_QUANT, _QUANT = "npu_weight_quant_batchmatmul", "npu_quant_matmul"
+_GROUPED = "npu_grouped_matmul"
+_ASCEND_SERVE = "vllm serve {path} --quantization ascend"
+# Attention, shared experts and dense layers are few weights and run often; routed experts are nearly all weights.
+_ASCEND_MIXED = ("experts=int4-channel-a8", "int8-channel-a8")
+
+_ASCEND_BOTH = (
+    Rule("msmodelslim", _W8, _CHANNEL, _SYM, "W8A8", _QUANT, act="token", experts=False),
+    Rule("msmodelslim", _W8, _CHANNEL, _SYM, "W8A8", _GROUPED, act="token", experts=True),
+    Rule("msmodelslim", _W8, _CHANNEL, _SYM, "W8A8", _QUANT, act="static", experts=False),
+    Rule("msmodelslim", _W4, _CHANNEL, _SYM, "W4A8", _GROUPED, act="token", experts=True, archs=_A23, multiple=16),
+    Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", _QUANT, act="token", experts=False),
+    Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", _GROUPED, act="token", experts=True),
+    Rule("compressed-tensors", _W4, frozenset({32, 64, 128}), _SYM, "W4A16", _GROUPED, experts=True, archs=_A23,
+         multiple=8, note=_EXPERT_NOTE),
+    Rule("compressed-tensors", _W4, _CHANNEL, _SYM, "W4A8", _GROUPED, act="token", experts=True, archs=_A23,
+         multiple=16, note=_BF16_SCALES),
+)  # fmt: skip
 
 VLLM_ASCEND_023 = Engine(
     "vllm-ascend",
     "0.23",
     "Ascend",
     (
-        Rule("msmodelslim", _W8, _CHANNEL, _SYM, "W8A8", act="token"),
-        Rule("msmodelslim", _W8, _CHANNEL, _SYM, "W8A8", act="static", experts=False),
-        Rule("msmodelslim", _W4, _CHANNEL, _SYM, "W4A8", act="token", experts=True),
-        Rule(
-            "msmodelslim",
-            _W4,
-            frozenset({64, 128}),
-            _SYM,
-            "W4A16",
-            act="token",
-            experts=False,
-            note="the dense W4A8 class multiplies 16-bit activations",
-        ),
-        Rule(
-            "msmodelslim",
-            _W4,
-            frozenset({256}),
-            _SYM,
-            "W4A16",
-            act="token",
-            experts=False,
-            note="dense groups of 256 run as W4A16 and need VLLM_ASCEND_ENABLE_NZ=0: the NZ layout refuses them",
-        ),
-        Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", act="token"),
-        Rule("compressed-tensors", _W4, frozenset({32, 64, 128}), _SYM, "W4A16", experts=True),
-        Rule("compressed-tensors", _W4, _CHANNEL, _SYM, "W4A8", act="token", experts=True),
+        *_ASCEND_BOTH,
+        Rule("msmodelslim", _W4, frozenset({64, 128}), _SYM, "W4A16", _WEIGHT_QUANT, act="token", experts=False,
+             archs=_A23, bias=False, multiple=64,
+             note="dense layers marked W4A8_DYNAMIC are multiplied with 16-bit activations"),
+        Rule("msmodelslim", _W4, frozenset({256}), _SYM, "W4A16", _WEIGHT_QUANT, act="token", experts=False,
+             archs=_A23, bias=False, multiple=8,
+             note="dense groups of 256 run as W4A16 and need VLLM_ASCEND_ENABLE_NZ=0: the NZ layout refuses them"),
     ),
-    "vllm serve {path} --quantization ascend",
-)
+    _ASCEND_SERVE,
+    ("a2", "a3", "310p"),
+    _ASCEND_MIXED,
+)  # fmt: skip
 
 VLLM_ASCEND_MAIN = Engine(
-    "vllm-ascend",
-    "main",
-    "Ascend",
-    (
-        Rule("msmodelslim", _W8, _CHANNEL, _SYM, "W8A8", act="token"),
-        Rule("msmodelslim", _W8, _CHANNEL, _SYM, "W8A8", act="static", experts=False),
-        Rule("msmodelslim", _W4, _CHANNEL, _SYM, "W4A8", act="token", experts=True),
-        Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", act="token"),
-        Rule("compressed-tensors", _W4, frozenset({32, 64, 128}), _SYM, "W4A16", experts=True),
-        Rule("compressed-tensors", _W4, _CHANNEL, _SYM, "W4A8", act="token", experts=True),
-    ),
-    "vllm serve {path} --quantization ascend",
+    "vllm-ascend", "main", "Ascend", _ASCEND_BOTH, _ASCEND_SERVE, ("a2", "a3", "310p"), _ASCEND_MIXED
 )
 
 LLAMA_CPP = Engine(
@@ -193,17 +153,20 @@ LLAMA_CPP = Engine(
 
 ENGINES = (VLLM_CUDA, VLLM_CPU, VLLM_ASCEND_023, VLLM_ASCEND_MAIN, LLAMA_CPP)
 
-_ACT = {"none": "of 16 bits", "token": "int8 per token", "static": "static int8"}
+
+def find_engine(name: str) -> Engine | None:
+    """The engine of a name, with ==release where there are several; the first release without one.
+
+    None when no engine has the name. Raises ConfigError for a release that is not here, listing those that are.
+    """
+    engine, _, release = name.partition("==")
+    found = [e for e in ENGINES if e.name == engine]
+    if not found:
+        return None
+    for e in found:
+        if release in ("", e.version) or release.startswith(f"{e.version}."):
+            return e
+    raise ConfigError(f"'{name}': the releases here are {', '.join(e.target for e in found)}")
 
 
-def _act(spec: QuantSpec) -> str:
-    if spec.act is None:
-        return "none"
-    if spec.act.static:
-        return "static"
-    return "token" if spec.act.group_size == PER_CHANNEL else f"int8 per token and {spec.act.group_size}"
-
-
-def _list(items: Iterable[int | str]) -> str:
-    ordered = sorted(items, key=str) if isinstance(items, frozenset) else items
-    return " or ".join("channel" if item == PER_CHANNEL else str(item) for item in ordered)
+__all__ = ["ENGINES", "Engine", "Layer", "Rule", "find_engine"]

@@ -113,7 +113,7 @@ def test_refusals_are_collected_before_anything_is_written(tmp_path: Path) -> No
     assert "no float minimum per group (2 x model.layers.*.mlp.up_proj)" in message
     assert "model.layers.*.mlp.down_proj" in message
     assert "--requantize int8-g32" in message
-    assert "'transload' holds every scheme" in message
+    assert "--to transload, which holds every scheme" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
 

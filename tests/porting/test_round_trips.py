@@ -12,7 +12,8 @@ from test_port import LAYER, model, module
 
 import transload
 from transload.formats import FORMATS
-from transload.porting.plan import Options, plan_port
+from transload.porting.plan import Options
+from transload.porting.planning import plan_port
 from transload.porting.target import find_target
 from transload.quant import PER_CHANNEL, ActSpec, QuantSpec, Zero
 from transload.rewrite import exact_forms

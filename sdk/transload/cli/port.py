@@ -25,13 +25,21 @@ def port(
         str,
         typer.Option("--to", help="A format (compressed-tensors, gptq, bf16) or an engine (vllm, vllm-ascend==0.23)."),
     ],
+    arch: Annotated[
+        str | None, typer.Option(help="With an engine: the hardware it runs on (sm90, amx, avx512, a2, 310p).")
+    ] = None,
     requantize: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Lossy: the scheme for modules that the format cannot hold, int4-g128, int4-g32-asym, int8-channel-a8."
+            help="Lossy: the scheme for modules that the target cannot hold (int4-g128, int4-g32-asym, "
+            "int8-channel-a8), by role or name (attention=int8-channel-a8,experts=int4-channel-a8; may be repeated), "
+            "or auto, the target's own choice."
         ),
     ] = None,
-    requantize_all: Annotated[bool, typer.Option(help="Lossy: give every quantized module that scheme.")] = False,
+    requantize_all: Annotated[
+        bool,
+        typer.Option(help="Lossy: give every linear that scheme, float ones too (not heads, routers, embeddings)."),
+    ] = False,
     floats: Annotated[
         str, typer.Option(help="fp32, bf16 or fp16 for quantized tensors that the target keeps in float (embeddings).")
     ] = "fp32",
@@ -58,6 +66,7 @@ def port(
             source,
             target,
             to,
+            arch=arch,
             requantize=requantize,
             requantize_all=requantize_all,
             floats=floats,

@@ -70,6 +70,10 @@ class Awq(Format):
     def _alignment(self, spec: QuantSpec, n: int, k: int) -> str | None:
         return f"it packs 8 outputs into a word, but N={n} is not a multiple of 8" if n % 8 else None
 
+    def once_per_file(self, spec: QuantSpec) -> Mapping[str, int]:
+        """The group size; bits and zero points are the same for all AWQ modules anyway."""
+        return {"group size": spec.group_size}
+
     def encode(self, name: str, w: QTensor) -> dict[str, Tensor]:
         """qweight, qzeros and scales of one module."""
         return {

@@ -111,6 +111,10 @@ class Format(ABC):
         """None when `encode` can write such a weight exactly; otherwise the reason, a sentence."""
         return f"'{self.name}' is read only"
 
+    def once_per_file(self, spec: QuantSpec) -> Mapping[str, int]:
+        """Settings of a module that a checkpoint of this format has once for all: {"group size": 128}."""
+        return {}
+
     def encode(self, name: str, w: QTensor) -> dict[str, Tensor]:
         """The stored tensors, full names, of one quantized module. Only called when `cannot_hold` is None."""
         raise CannotHold(f"'{self.name}' is read only")

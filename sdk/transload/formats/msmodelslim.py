@@ -87,6 +87,11 @@ class MsModelSlim(Format):
         )
         return reason or _activation_limits(spec) or _alignment(spec, *shape)
 
+    def once_per_file(self, spec: QuantSpec) -> Mapping[str, int]:
+        """The description's group_size, 0 for per-channel W4A8; other modules per channel do not look at it."""
+        asks = spec.group_size != PER_CHANNEL or _type(spec) == "W4A8_DYNAMIC"
+        return {"group size": max(spec.group_size, 0)} if asks else {}
+
     def encode(self, name: str, w: QTensor) -> dict[str, Tensor]:
         """The tensors that the table at the top of this file lists for the weight's type."""
         scales = w.scales
@@ -219,8 +224,8 @@ def _group_size(specs: Mapping[str, QuantSpec]) -> int:
     """The description's group_size: 0 for per-channel W4A8. Raises CannotHold when modules disagree."""
     sizes: dict[int, str] = {}
     for module, spec in specs.items():
-        if spec.group_size != PER_CHANNEL or _type(spec) == "W4A8_DYNAMIC":
-            sizes.setdefault(max(spec.group_size, 0), module)
+        for size in MsModelSlim().once_per_file(spec).values():
+            sizes.setdefault(size, module)
     if len(sizes) > 1:
         found = ", ".join(f"{size or 'per channel'} ({module})" for size, module in sorted(sizes.items()))
         raise CannotHold(f"'msmodelslim' has one group size for all 4-bit modules, found {found}")

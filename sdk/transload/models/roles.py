@@ -83,3 +83,33 @@ def skipped(name: str, patterns: tuple[str, ...]) -> str | None:
         elif f".{pattern}." in f".{name}.":
             return pattern
     return None
+
+
+# Components that say what a linear is for, in the order in which they are asked: experts lie inside an mlp.
+_ROLES: tuple[tuple[str, frozenset[str]], ...] = (
+    ("shared_experts", frozenset({"shared_experts", "shared_expert", "shared_mlp"})),
+    ("experts", frozenset({"experts"})),
+    ("attention", frozenset({"self_attn", "attn", "attention", "self_attention", "linear_attn", "cross_attn"})),
+    ("mlp", frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe"})),
+)
+_ROLE_OF_KEPT = {
+    "vision or audio tower": "tower",
+    "projector between modalities": "projector",
+    "router": "router",
+    "output head": "lm_head",
+    "embedding": "embedding",
+}
+ROLES: tuple[str, ...] = (*(role for role, _ in _ROLES), *_ROLE_OF_KEPT.values())
+
+
+def role_of(name: str) -> str | None:
+    """What the module `name` is for: one of ROLES, or None where its name says nothing.
+
+    >>> role_of("model.layers.3.mlp.experts.17.down_proj"), role_of("model.layers.0.mlp.down_proj")
+    ('experts', 'mlp')
+    """
+    kept = kept_in_float(name)
+    if kept in _ROLE_OF_KEPT:
+        return _ROLE_OF_KEPT[kept]
+    parts = frozenset(name.split("."))
+    return next((role for role, names in _ROLES if not parts.isdisjoint(names)), None)

@@ -15,7 +15,8 @@ from transload.quant import QuantSpec
 from transload.rewrite import exact_forms
 
 if TYPE_CHECKING:
-    from transload.porting.plan import Output, Placer, PortPlan, Step
+    from transload.porting.placing import Placer
+    from transload.porting.plan import Output, PortPlan, Step
 
 
 class _Member(NamedTuple):

@@ -47,7 +47,7 @@ class Job:
         with Behind(budget.close) as behind, Ahead(self._decoded(budget), budget) as decoded:
             for output, value, share in decoded:
                 self._tell(output.name)
-                new, self._differences[output.name] = moved(value, output, self.plan.options)
+                new, self._differences[output.name] = moved(value, output)
                 tensors = encoded(new, output, self.plan.format)
                 behind.submit(partial(self._store, writer, tensors, partial(budget.release, _cost(output))))
                 self._done += share
@@ -78,7 +78,7 @@ class Job:
 
     def report(self, seconds: float) -> PortReport:
         """The report of a finished run."""
-        quantized = [(step, o) for step in self.plan.steps if step.entry.spec is not None for o in step.outputs]
+        changed = [(step, o) for step in self.plan.steps for o in step.outputs if step.entry.spec or o.spec]
         return PortReport(
             source=str(self.source.path),
             target=str(self.target),
@@ -87,14 +87,14 @@ class Job:
             modules=tuple(
                 Moved(
                     o.name,
-                    str(step.entry.spec),
+                    str(step.entry.spec or step.entry.dtype),
                     words(o),
                     o.action.value,
                     self._differences[o.name],
                     step.entry.stored_bytes // len(step.outputs),
                     o.nbytes,
                 )
-                for step, o in quantized
+                for step, o in changed
             ),
             carried=sum(o.action is Action.COPY for o in self.plan.outputs()),
             files=self._files,
@@ -135,7 +135,7 @@ class Job:
             if output.spec is not None and (kind not in kinds or output.nbytes < kinds[kind][1].nbytes):
                 kinds[kind] = step, output
         for step, output in kinds.values():
-            yield step, output, moved(next(values(self.source, step)), output, self.plan.options)[0]
+            yield step, output, moved(next(values(self.source, step)), output)[0]
 
     def _compare_decoded(self, found: Checkpoint, step: Step, output: Output, meant: Value) -> None:
         value = found[output.name]

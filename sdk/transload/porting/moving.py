@@ -11,7 +11,7 @@ from torch import Tensor
 from transload.checkpoint import Checkpoint
 from transload.formats.base import Format
 from transload.formats.packed import PackedRows
-from transload.porting.plan import Action, Options, Output, Step
+from transload.porting.plan import Action, Output, Step
 from transload.quant import QTensor
 from transload.requantize import Difference, difference, requantize
 from transload.rewrite import rewrite
@@ -51,17 +51,18 @@ def encoded(value: Value, output: Output, format: Format) -> dict[str, Tensor]:
     return format.encode(output.name, value)
 
 
-def moved(value: Value, output: Output, options: Options) -> tuple[Value, Difference | None]:
+def moved(value: Value, output: Output) -> tuple[Value, Difference | None]:
     """A module or tensor in its new form, and how far it moved; None stands for not at all."""
+    if output.action is Action.REQUANTIZE and not isinstance(value, PackedRows):
+        assert output.spec is not None
+        assert output.rounded is not None
+        new, apart = requantize(value, replace(output.rounded, scale_dtype=output.spec.scale_dtype))
+        return rewrite(new, output.spec), apart
     if isinstance(value, (Tensor, PackedRows)):
         return value, None
     if output.action is Action.DEQUANTIZE:
         return _as_floats(value, next(iter(output.tensors.values()))[0])
     assert output.spec is not None
-    if output.action is Action.REQUANTIZE:
-        assert options.requantize is not None
-        new, apart = requantize(value, replace(options.requantize, scale_dtype=output.spec.scale_dtype))
-        return rewrite(new, output.spec), apart
     return rewrite(value, output.spec), None
 
 

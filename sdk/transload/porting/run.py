@@ -12,12 +12,13 @@ from transload.checkpoint import Checkpoint
 from transload.checkpoint import open as open_checkpoint
 from transload.errors import ConfigError
 from transload.porting.job import Job
-from transload.porting.plan import Options, plan_port
+from transload.porting.plan import Options
+from transload.porting.planning import plan_first
 from transload.porting.refusal import refused
 from transload.porting.report import PortReport
-from transload.porting.target import find_target
-from transload.quant import ActSpec, QuantSpec
-from transload.requantize import parse_spec
+from transload.porting.schemes import Requantize, parse_schemes
+from transload.porting.target import find_targets
+from transload.quant import ActSpec
 from transload.writer import Writer
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
@@ -30,7 +31,8 @@ def port(
     dst: str | Path,
     to: str,
     *,
-    requantize: str | QuantSpec | None = None,
+    arch: str | None = None,
+    requantize: Requantize | None = None,
     requantize_all: bool = False,
     floats: str = "fp32",
     activations: str = "keep",
@@ -42,14 +44,15 @@ def port(
     """Writes the checkpoint at `src` to the folder `dst` for the target `to`, number for number.
 
     to: a format ("compressed-tensors", "fp32") or an engine ("vllm", "vllm-ascend==0.23"), whose format is chosen and
-    whose limits count.
+    whose limits count; arch: the hardware that it runs on ("sm90", "amx", "310p").
 
-    requantize: a scheme ("int4-g128", see `requantize.parse_spec`) for modules that the format cannot hold exactly;
-    requantize_all: for every quantized module. floats: dtype of quantized tensors that the target keeps in float
-    (embeddings): fp32 is exact, bf16 and fp16 round and are reported. activations: "keep" the source's, or declare
-    "int8" (dynamic, per token) or "16bit"; weights stay as they are. layout: "stored" keeps the
-    names of the source; "native" and "remote" move between ChatGLM's own layout and transformers' `glm` (see
-    `transload.open`). resume: continue a killed port of the same job.
+    requantize: for modules that the target cannot hold exactly, a scheme ("int4-g128", see `requantize.parse_spec`),
+    schemes by role or name ({"attention": "int8-channel-a8", "experts": "int4-channel-a8"}, see `porting.schemes`), or
+    "auto", the target's own choice. requantize_all: for every linear, float ones too. floats: dtype of quantized
+    tensors that the target keeps in float (embeddings): fp32 is exact, bf16 and fp16 round and are reported.
+    activations: "keep" the source's, or declare "int8" (dynamic, per token) or "16bit"; weights stay as they are.
+    layout: "stored" keeps the names of the source; "native" and "remote" move between ChatGLM's own layout and
+    transformers' `glm` (see `transload.open`). resume: continue a killed port of the same job.
     progress: called with bytes done, bytes in all, and the module at work.
 
     The folder appears when it is complete and has been read back and compared. Raises CannotHold, before anything is
@@ -62,18 +65,19 @@ def port(
         raise ConfigError(f"floats '{floats}': give one of {', '.join(_FLOATS)}")
     if activations not in _ACTIVATIONS:
         raise ConfigError(f"activations '{activations}': give one of {', '.join(_ACTIVATIONS)}")
-    spec = parse_spec(requantize) if isinstance(requantize, str) else requantize
-    if requantize_all and spec is None:
+    schemes = parse_schemes(requantize)
+    if requantize_all and schemes is None:
         raise ConfigError("requantize_all without requantize: give the scheme, for example requantize='int4-g128'")
-    target = find_target(to)
-    if target.format.container != "safetensors":
-        raise ConfigError(f"'{to}' needs a {target.format.container} file, and a port writes safetensors folders")
+    targets = find_targets(to, arch)
+    if targets[0].format.container != "safetensors":
+        raise ConfigError(f"'{to}' needs a {targets[0].format.container} file, and a port writes safetensors folders")
     source = open_checkpoint(src, layout)
-    plan = plan_port(source, target, Options(spec, requantize_all, _FLOATS[floats], _ACTIVATIONS[activations]))
+    options = Options(None, requantize_all, _FLOATS[floats], _ACTIVATIONS[activations])
+    plan = plan_first(source, targets, options, schemes)
     if plan.refusals:
-        raise refused(source, plan)
+        raise refused(source, plan, schemes)
     job = Job(source, plan, Path(dst), progress or (lambda done, total, what: None))
-    identity = f"{source.path.resolve()} {_stamp(source)} {to} {layout} {plan.options}"
+    identity = f"{source.path.resolve()} {_stamp(source)} {to} {arch} {layout} {plan.options}"
     with Writer(dst, plan.layout(), source=source.path, overwrite=overwrite, resume=resume, job=identity) as writer:
         job.write(writer)
         job.compare(writer.partial)
