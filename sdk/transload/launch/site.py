@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,9 +70,23 @@ class Site:
 
     @classmethod
     def of(cls, cluster: Cluster) -> Site:
-        """The site that a cluster file describes: addresses and interfaces of its nodes."""
-        addresses = {node.name: node.address for node in cluster.nodes if node.address and node.count == 1}
-        return cls(addresses=addresses)
+        """The site that a cluster file describes: addresses and interfaces of its nodes.
+
+        Raises ConfigError when several equal nodes are given one address.
+        """
+        addresses, interfaces = {}, {}
+        for node in cluster.nodes:
+            if node.address and node.count > 1 and "{}" not in node.address:
+                raise ConfigError(
+                    f"node {node.name}: {node.count} nodes cannot share the address {node.address}; "
+                    "write {} where their number stands"
+                )
+            for number, name in enumerate(node.names):
+                if node.address:
+                    addresses[name] = node.address.replace("{}", str(number))
+                if node.interface:
+                    interfaces[name] = node.interface
+        return cls(addresses=addresses, interfaces=interfaces)
 
     def address(self, node: str) -> str:
         """Where the others reach a node; its own name when nothing better was said."""
@@ -83,3 +98,14 @@ class Site:
             return str(ipaddress.ip_address(self.address(node)))
         except ValueError:
             return None
+
+
+def additional(text: str) -> dict[str, object]:
+    """vllm-ascend's --additional-config from JSON text. Raises ConfigError unless it is an object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"additional config: not valid JSON: {str(error)[:100]}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"additional config: expected a JSON object, found {type(value).__name__}")
+    return value

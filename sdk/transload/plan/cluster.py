@@ -60,7 +60,10 @@ class Node(BaseModel):
 
     name: str = Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
     count: int = Field(default=1, ge=1, le=MOST_DEVICES)
-    address: str | None = Field(default=None, max_length=253, description="how other nodes reach it")
+    address: str | None = Field(
+        default=None, max_length=253, description="how other nodes reach it; {} is the number in NAME-0, NAME-1 .."
+    )
+    interface: str | None = Field(default=None, max_length=120, description="network interface with this address")
     devices: tuple[Devices, ...] = Field(min_length=1)
     host_memory: Size = Field(default=0, description="RAM that offloading may use")
     disk: Size = Field(default=0, description="disk that offloading may use")
