@@ -31,11 +31,16 @@ def tell(value: object) -> None:
 
 def stand_in_for_ascend() -> None:
     """Makes --quantization ascend known where its plug-in is not installed, so that the other arguments are judged."""
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        get_quantization_config,
+        register_quantization_config,
+    )
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
     if "ascend" in QUANTIZATION_METHODS:
         return
+    dtypes = get_quantization_config("fp8")().get_supported_act_dtypes()
 
     class StandIn(QuantizationConfig):  # type: ignore[misc]
         """Knows its name and takes every model."""
@@ -44,9 +49,7 @@ def stand_in_for_ascend() -> None:
             return "ascend"
 
         def get_supported_act_dtypes(self) -> list[object]:
-            import torch
-
-            return [torch.bfloat16, torch.float16]
+            return list(dtypes)
 
         @classmethod
         def get_min_capability(cls) -> int:
