@@ -73,6 +73,16 @@ def _names_on_disk(
     shapes = {parameter: module.weight_shape(member) for parameter, (module, member) in weights.items()}
     model._weight_conversions = list(conversions)
     try:
-        return dict(revert_weight_conversion(model, floats)), stored_from(shapes, model)
+        floats, recipes = dict(revert_weight_conversion(model, floats)), stored_from(shapes, model)
+        return {_published(n): t for n, t in floats.items()}, {_published(n): r for n, r in recipes.items()}
     finally:
         model._weight_conversions = []  # save_pretrained reverts what it is given: nothing is left to revert
+
+
+def _published(name: str) -> str:
+    """The name in published checkpoints.
+
+    transformers 5.23 takes the renaming of Kimi-K2.5's vision blocks back in the language model too, where its layers
+    would get names that no engine knows.
+    """
+    return name.replace("language_model.model.blocks.", "language_model.model.layers.")
