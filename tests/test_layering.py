@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "models": {"errors", "headers"},
     "formats": {"errors", "quant", "bits", "headers", "models"},
     "plan": {"errors", "headers", "models"},
-    "launch": {"errors", "plan"},
+    "launch": {"errors", "plan", "__version__"},
 }
 TORCH_FREE = ("errors", "headers", "plan", "launch", "models")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from transload import __version__
 from transload.launch import router
 from transload.launch.preflight import head_ports
 from transload.launch.setting import Setting
@@ -28,7 +27,7 @@ def text(setting: Setting, formats: Sequence[str], left_out: Mapping[str, str]) 
     lines = [
         f"# {title(plan)}",
         "",
-        f"Rendered by transload {__version__} from `plan.json`. To change something, plan again, render again and look "
+        "Rendered by transload from `plan.json`. To change something, plan again, render again and look "
         "at the difference; `launch.json` tells which files belong to the rendering.",
         "",
         f"Planned: {plan.context} tokens of context, {plan.kv_tokens} KV tokens, {plan.max_concurrency:g} sequences of "

@@ -6,7 +6,6 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from transload import __version__
 from transload.launch.topology import Instance
 from transload.plan.result import Plan
 from transload.plan.units import show_bytes
@@ -47,7 +46,7 @@ def header(plan: Plan, about: str) -> list[str]:
     return [
         title(plan),
         about,
-        f"Rendered by transload {__version__} from plan.json. Change the plan and render again rather than editing.",
+        "Rendered by transload from plan.json. Change the plan and render again rather than editing.",
     ]
 
 
