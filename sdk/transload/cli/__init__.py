@@ -60,7 +60,7 @@ def main() -> None:
 
 
 from transload.bench.cli import app as _bench  # noqa: E402
-from transload.cli import devices, eval, inspect, port, run  # noqa: E402, F401  (each file adds its commands to `app`)
+from transload.cli import devices, eval, inspect, port, quantize, run  # noqa: E402, F401  (each file adds its commands to `app`)
 from transload.launch.cli import add_to as _add_launch  # noqa: E402
 from transload.plan.cli import app as _plan  # noqa: E402
 from transload.serve.cli import launch, serve  # noqa: E402

@@ -83,6 +83,14 @@ def parameters_from(
     return recipes, sorted({_module(key, sources) for key in unused})
 
 
+def parameter_names(
+    floats: Iterable[str], model: PreTrainedModel, conversions: Sequence[WeightTransform]
+) -> dict[str, str]:
+    """The stored tensor of every parameter or buffer of the model that one float tensor fills, by parameter name."""
+    rules = _Rules(model, conversions)
+    return {parameter: name for name in floats if (parameter := rules.parameter(name)[0]) in rules.meta}
+
+
 def stored_from(parameters: Mapping[str, Shape], model: PreTrainedModel) -> dict[str, Recipe]:
     """The reverse: which rows of the model's quantized parameters make up each module on disk.
 

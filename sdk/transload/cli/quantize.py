@@ -1,0 +1,137 @@
+"""`transload quantize` and `transload recipes`: a float model to 4 or 8 bits, by a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from transload.cli import app
+from transload.cli.show import print_json, short_role, size, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from transload.quantize.layerwise import Made
+    from transload.quantize.report import QuantizeReport
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="A float model folder, or any checkpoint: GGUF and FP8 are read too.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it appears only when it is complete.")],
+    recipe: Annotated[str, typer.Option(help="A name from `transload recipes`, or a .yaml file.")] = "int4-g128",
+    to: Annotated[
+        str, typer.Option("--to", help="A format (compressed-tensors, gptq, transload) or an engine (vllm-ascend).")
+    ] = "compressed-tensors",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text: .txt, or .jsonl with text or messages. Default: a small built-in sample.")
+    ] = None,
+    floats: Annotated[str, typer.Option(help="fp32, bf16 or fp16 for embeddings that the source quantizes.")] = "bf16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="One row for every module.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Quantizes a model layer by layer with calibration text, and writes it for a format or an engine."""
+    from transload.quantize.run import quantize as run
+
+    with _layers(quiet=json) as update:
+        report = run(
+            model,
+            out,
+            recipe,
+            to=to,
+            calibration=calibration,
+            floats=floats,
+            overwrite=overwrite,
+            resume=resume,
+            progress=update,
+        )
+    if json:
+        print_json(report.to_json())
+        return
+    from rich.console import Console
+
+    _print_report(Console(), report, modules)
+
+
+@app.command()
+def recipes(json: Annotated[bool, typer.Option("--json", help="Print the recipes as JSON.")] = False) -> None:
+    """Lists the recipes that come with Transload and what they do."""
+    from transload.quantize.recipe import shipped
+
+    found = shipped()
+    if json:
+        print_json({name: r.model_dump(mode="json") for name, r in found.items()})
+        return
+    from rich.console import Console
+
+    rows = []
+    for r in found.values():
+        methods = ", ".join(dict.fromkeys(rule.method for rule in r.rules if rule.spec is not None))
+        extra = [f"smooth {r.smooth:g}"] if r.smooth is not None else []
+        extra += ["rotate"] if r.rotate else []
+        rows.append((r.name, r.schemes(), " + ".join([methods, *extra]), r.summary))
+    Console().print(table(("recipe", "schemes", "method", "what it is for"), rows))
+
+
+@contextmanager
+def _layers(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar over decoder layers."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("[bold]quantizing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[what]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as progress:
+        task = progress.add_task("", total=None, what="reading")
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, what=what)
+
+
+def _print_report(console: Console, report: QuantizeReport, every: bool) -> None:
+    from rich.markup import escape
+
+    groups: dict[tuple[str, str, str], list[Made]] = {}
+    for m in report.modules:
+        groups.setdefault((m.name if every else short_role(m.name), m.scheme, m.method), []).append(m)
+    rows = []
+    for (role, scheme, method), made in groups.items():
+        outputs = [m.output_sqnr for m in made if m.output_sqnr is not None]
+        tokens = sorted(m.tokens for m in made)
+        seen = str(tokens[0]) if tokens[0] == tokens[-1] else f"{tokens[0]} to {tokens[-1]}"
+        worst = f"{min(outputs):.1f} dB" if outputs else ""
+        rows.append((role, scheme, method, seen, f"{min(m.weight_sqnr for m in made):.1f} dB", worst, str(len(made))))
+    columns = ("module", "scheme", "method", ">tokens", ">weight", ">output", ">count")
+    console.print(table(columns, rows))
+    port = report.port
+    console.print(
+        f"[bold]{escape(port.target)}[/]: {size(port.bytes_after)} in {report.seconds:.0f} s, calibrated with "
+        f"{escape(report.text)}; weight and output are the worst signal-to-noise of their row"
+    )
+    for m in report.fallbacks if every else report.fallbacks[:8]:
+        console.print(f"[yellow]note[/] {escape(m.name)}: {escape(m.note)}")
+    if not every and len(report.fallbacks) > 8:
+        console.print(f"[yellow]note[/] {len(report.fallbacks) - 8} more modules have notes: --modules shows all")
+    for note in (*(report.notes if every else [n for n in report.notes if " -> " not in n]), *port.notes):
+        console.print(f"[yellow]note[/] {escape(note)}")
+    console.print()
+    answers = [(a.engine, "[red]no[/]" if a.command is None else "[green]yes[/]", escape(a.command or a.reason or ""))
+               for a in port.engines]  # fmt: skip
+    console.print(table(("engine", "", "command, or why not"), answers))

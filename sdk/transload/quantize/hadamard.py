@@ -1,0 +1,102 @@
+"""Hadamard matrices of the sizes that models have: orthogonal, entries +-1, made from primes and doubling.
+
+Sylvester: H(2n) = [[H, H], [H, -H]]. Paley I: order q + 1 for a prime q = 3 mod 4. Paley II: order 2(q + 1) for a prime
+q = 1 mod 4. 896 = 28 * 32 and 28 = 2 * (13 + 1); 5120 = 20 * 256 and 20 = 19 + 1. A size that has none here is cut into
+equal blocks that have one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from transload.errors import ConfigError
+
+_LARGEST_BASE = 512
+
+
+def hadamard(n: int) -> Tensor | None:
+    """A Hadamard matrix, float64 [n, n] of +-1, or None when this file makes none of that order."""
+    doublings = 0
+    while n > 0:
+        base = _base(n)
+        if base is not None:
+            for _ in range(doublings):
+                base = torch.cat([torch.cat([base, base], 1), torch.cat([base, -base], 1)])
+            return base
+        if n % 2:
+            return None
+        n //= 2
+        doublings += 1
+    return None
+
+
+def block_size(n: int) -> int:
+    """The largest divisor of n that is the order of a Hadamard matrix made here; at least 1."""
+    return next(d for d in range(n, 0, -1) if n % d == 0 and _exists(d))
+
+
+def rotation(n: int, seed: int) -> Tensor:
+    """A random orthogonal matrix [n, n], float64: signs, then Hadamard blocks of the largest size that n allows.
+
+    Raises ConfigError for a size that would rotate nothing.
+    """
+    size = block_size(n)
+    if size < 4:
+        raise ConfigError(f"{n} features cannot be rotated: no Hadamard matrix of 4 or more divides it")
+    block = hadamard(size)
+    assert block is not None
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (n,), generator=generator, dtype=torch.int64).double() * 2 - 1
+    return signs.unsqueeze(1) * torch.kron(torch.eye(n // size, dtype=torch.float64), block / math.sqrt(size))
+
+
+def _exists(n: int) -> bool:
+    while n % 2 == 0 and not _has_base(n):
+        n //= 2
+    return _has_base(n)
+
+
+def _has_base(n: int) -> bool:
+    return n in (1, 2) or (
+        n % 4 == 0 and n <= _LARGEST_BASE and (_prime(n - 1) or ((n // 2 - 1) % 4 == 1 and _prime(n // 2 - 1)))
+    )
+
+
+def _base(n: int) -> Tensor | None:
+    if not _has_base(n):
+        return None
+    if n <= 2:
+        return torch.ones(1, 1, dtype=torch.float64) if n == 1 else torch.tensor([[1.0, 1], [1, -1]]).double()
+    return _paley_one(n - 1) if _prime(n - 1) else _paley_two(n // 2 - 1)
+
+
+def _prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
+
+
+def _jacobsthal(q: int) -> Tensor:
+    """Q[i, j] = 1, -1 or 0 as j - i is a square, no square or zero modulo q."""
+    squares = {i * i % q for i in range(1, q)}
+    character = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)], dtype=torch.float64)
+    index = torch.arange(q)
+    return character[(index.unsqueeze(0) - index.unsqueeze(1)) % q]
+
+
+def _bordered(q: int, corner: float) -> Tensor:
+    s = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    s[0, 1:], s[1:, 0], s[1:, 1:] = 1, corner, _jacobsthal(q)
+    return s
+
+
+def _paley_one(q: int) -> Tensor:
+    return torch.eye(q + 1, dtype=torch.float64) + _bordered(q, -1)
+
+
+def _paley_two(q: int) -> Tensor:
+    symmetric = _bordered(q, 1)
+    plus = torch.tensor([[1.0, 1], [1, -1]], dtype=torch.float64)
+    minus = torch.tensor([[1.0, -1], [-1, -1]], dtype=torch.float64)
+    return torch.kron(symmetric, plus) + torch.kron(torch.eye(q + 1, dtype=torch.float64), minus)

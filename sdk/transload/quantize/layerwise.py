@@ -1,0 +1,249 @@
+"""One decoder layer: run it over the calibration text, fold what has to be folded, quantize, run it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from transload.errors import ConfigError, FormatError
+from transload.quant import QTensor, QuantSpec
+from transload.quantize.awq import fold_awq, groups_gram
+from transload.quantize.fold import Fold
+from transload.quantize.gptq import Factor, factor, gptq
+from transload.quantize.held import Filled, Held, held_of
+from transload.quantize.hidden import Hidden
+from transload.quantize.recipe import Method, Recipe
+from transload.quantize.rtn import quantize_clipped, quantize_mse
+from transload.quantize.smoothquant import fold_smooth
+from transload.quantize.statistics import SAMPLE, Statistics, Watch
+from transload.reference import quantize_rtn
+
+_GRAM_BYTES = 6 << 30  # Hessians in memory at a time; a layer whose experts need more is run over the text again
+_TOKENS_AT_ONCE = 1024
+_FOLDED = 0.05
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """What the recipe wants for one stored module. note: a difference from the recipe, in words."""
+
+    spec: QuantSpec
+    method: Method
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """How one module was quantized. SQNRs are in decibels: of the weight, and of the outputs on calibration text."""
+
+    name: str
+    scheme: str
+    method: str
+    tokens: int
+    weight_sqnr: float
+    output_sqnr: float | None
+    note: str = ""
+
+
+@dataclass(slots=True)
+class LayerResult:
+    """Quantized modules by stored name, changed float parameters by name in the layer, changed weights of linears
+    that stay in float by stored module, and how they came to be."""
+
+    modules: dict[str, QTensor] = field(default_factory=dict)
+    floats: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    made: list[Made] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class LayerJob:
+    """The work on one filled layer. assigned: by stored module; what is not in it stays in float."""
+
+    def __init__(self, label: str, filled: Filled, recipe: Recipe, assigned: Mapping[str, Assigned]) -> None:
+        self.label, self.filled, self.recipe, self.assigned = label, filled, recipe, assigned
+        self.result = LayerResult()
+        self._held = held_of(filled.layer)
+        self._wanted = [h for _, h in self._held if any(n in assigned for n in h.names)]
+        self._factors: dict[int, Factor] = {}
+        for _, held in self._held:
+            held.precision = getattr(torch, recipe.calibration.precision)
+
+    def check_weights(self) -> None:
+        """Raises FormatError for weights that are not finite."""
+        for _, held in self._held:
+            if held.weight is not None and not bool(torch.isfinite(held.weight).all()):
+                raise FormatError(f"{self.label}: {', '.join(held.names)} contains NaN or infinity")
+
+    def quantize(self, forward: Forward, hidden: Hidden | None) -> LayerResult:
+        """Everything. hidden: the layer's inputs, None when the recipe needs no text."""
+        if hidden is None or not self._wanted:
+            for held in self._wanted:
+                self._quantize(held, None)
+        else:
+            self._calibrated(forward, hidden)
+        for _, held in self._held:
+            for name, at in held.parts() if held.changed else ():
+                if name not in self.assigned:
+                    self.result.weights[name] = held.rows(at).to(held.stored_dtype)
+        return self.result
+
+    def _calibrated(self, forward: Forward, hidden: Hidden) -> None:
+        for number, round in enumerate(self._rounds()):
+            watch = self._watched(forward, hidden, round)
+            if number == 0:
+                self._fold(forward, hidden, watch)
+            for held in round:
+                self._quantize(held, watch.of.get(held))
+            self._factors.clear()
+
+    def advance(self, forward: Forward, hidden: Hidden, out: Hidden) -> None:
+        """The layer's outputs, with its quantized weights, for the next layer."""
+        with torch.no_grad():
+            for at in hidden.batches(_TOKENS_AT_ONCE):
+                out[at] = forward(hidden[at])
+
+    def _rounds(self) -> list[list[Held]]:
+        """Linears whose statistics are taken together: all, unless memory or `sequential` asks for more passes."""
+        if self.recipe.sequential:
+            return _by_stage(self._held, set(self._wanted))
+        rounds: list[list[Held]] = [[]]
+        used = 0
+        for held in self._wanted:
+            size = 4 * held.k**2 if self._needs_gram(held) else 0
+            if held.routed and rounds[-1] and used + size > _GRAM_BYTES:
+                rounds.append([])
+                used = 0
+            rounds[-1].append(held)
+            used += size
+        return rounds
+
+    def _watched(self, forward: Forward, hidden: Hidden, round: Sequence[Held]) -> Watch:
+        grams = {held for held in round if self._needs_gram(held)}
+        watch = Watch(grams, stride=max(1, hidden.count * hidden.tokens // SAMPLE))
+        for held in round:
+            held.watch = watch
+        try:
+            with torch.no_grad():
+                for at in hidden.batches(_TOKENS_AT_ONCE):
+                    forward(hidden[at])
+        finally:
+            for held in round:
+                held.watch = None
+        watch.finish()
+        for held in round:
+            if held in watch.of and not watch.of[held].finite:
+                raise ConfigError(f"{self.label}: {', '.join(held.names)} got NaN or infinite activations")
+        return watch
+
+    def _fold(self, forward: Forward, hidden: Hidden, watch: Watch) -> None:
+        """Scales moved between producers and consumers, checked on one window: the layer must compute the same."""
+        folds: list[Fold] = []
+        if self.recipe.smooth is not None:
+            folds += fold_smooth(self.filled, self._held, self.assigned, watch, self.recipe.smooth)
+        else:
+            folds += fold_awq(self.filled, self._held, self.assigned, watch)
+        if not folds:
+            return
+        with torch.no_grad():
+            window = hidden[slice(0, 1)]
+            before = forward(window)
+            for fold in folds:
+                self.result.floats |= fold.apply(self.filled, watch)
+            after = forward(window)
+        apart = float((after - before).norm() / (before - window).norm().clamp(min=1e-30))
+        if not apart < _FOLDED:  # a wrong fold is off by its scales; a right one by the rounding of gains and routers
+            raise ConfigError(
+                f"{self.label}: folding {', '.join(f.pair.label for f in folds)} changes the layer by "
+                f"{apart:.1e}; this architecture needs a recipe without smoothing and AWQ"
+            )
+        for fold in folds:
+            self.result.notes.append(f"{self.label}: {fold}")
+
+    def _quantize(self, held: Held, statistics: Statistics | None) -> None:
+        made = {}
+        for name, at in held.parts():
+            if name in self.assigned:
+                assigned = self.assigned[name]
+                method, note = self._method(held, assigned, statistics)
+                weight = held.rows(at)
+                made[name], extra = self._codes(weight, assigned.spec, method, statistics)
+                note = "; ".join(n for n in (assigned.note, note, extra) if n)
+                tokens = 0 if statistics is None else statistics.tokens
+                quality = sqnr(weight, made[name].dequantize())
+                rows = None if statistics is None else statistics.rows
+                output = None if rows is None or not len(rows) else output_sqnr(weight, made[name], rows)
+                label = "rtn" if note and method == "mse" and assigned.method != "mse" else method
+                self.result.made.append(Made(name, str(assigned.spec), label, tokens, quality, output, note))
+        self.result.modules |= made
+        held.take(made)
+
+    def _method(self, held: Held, assigned: Assigned, statistics: Statistics | None) -> tuple[Method, str]:
+        """The recipe's method, or rounding to nearest and why."""
+        if assigned.method in ("rtn", "mse"):
+            return assigned.method, ""
+        if statistics is None or not statistics.tokens:
+            return "mse", "no calibration token reached it: rounded to nearest"
+        few = self.recipe.calibration.expert_tokens
+        if held.routed and statistics.tokens < few:
+            return "mse", f"only {statistics.tokens} tokens reached it, fewer than {few}: rounded to nearest"
+        if float(statistics.absmax.max()) == 0:
+            return "mse", "its inputs are all zero: rounded to nearest"
+        return assigned.method, ""
+
+    def _codes(
+        self, weight: Tensor, spec: QuantSpec, method: Method, statistics: Statistics | None
+    ) -> tuple[QTensor, str]:
+        if method == "rtn":
+            return quantize_rtn(weight, spec), ""
+        if method == "mse" or statistics is None:
+            return quantize_mse(weight, spec), ""
+        if method == "awq":
+            return quantize_clipped(weight, spec, groups_gram(statistics.rows, spec)), ""
+        prepared = self._prepared(statistics, spec)
+        raised = prepared.damping > self.recipe.damping
+        note = f"the Hessian is singular: damping raised to {prepared.damping:g}" if raised else ""
+        return gptq(weight, spec, prepared), note
+
+    def _prepared(self, statistics: Statistics, spec: QuantSpec) -> Factor:
+        """The factor of a Hessian, made once for all linears with this input."""
+        key = id(statistics)
+        if key not in self._factors:
+            assert statistics.gram is not None
+            self._factors.clear()
+            made = factor(statistics.gram, spec.group_size, self.recipe.damping, self.recipe.act_order)
+            self._factors[key] = made
+        return self._factors[key]
+
+    def _needs_gram(self, held: Held) -> bool:
+        return any(self.assigned[n].method == "gptq" for n in held.names if n in self.assigned)
+
+
+def _by_stage(held: Sequence[tuple[str, Held]], wanted: set[Held]) -> list[list[Held]]:
+    """Linears in the order in which a layer uses them: attention in, attention out, MLP in, MLP out."""
+    stages: list[list[Held]] = [[], [], [], []]
+    for name, h in held:
+        if h in wanted:
+            attention = "mlp" not in name and "moe" not in name and "expert" not in name
+            last = name.rpartition(".")[2]
+            closing = last in ("o_proj", "out_proj", "down_proj", "dense", "w2") or ".down." in name
+            stages[(0 if attention else 2) + closing].append(h)
+    return [stage for stage in stages if stage]
+
+
+def sqnr(want: Tensor, got: Tensor) -> float:
+    """10 log10 of signal power over error power; infinite when equal."""
+    error = float((got - want).square().sum(dtype=torch.float64))
+    signal = float(want.square().sum(dtype=torch.float64))
+    return math.inf if error == 0 else 10 * math.log10(max(signal, 1e-300) / error)
+
+
+def output_sqnr(weight: Tensor, w: QTensor, rows: Tensor) -> float:
+    """The same of the outputs for inputs [S, K]."""
+    want = rows @ weight.T
+    return sqnr(want, rows @ w.dequantize().T)

@@ -1,0 +1,106 @@
+"""What calibration keeps of the inputs of a linear: enough for every method, and of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+_COLUMNS = 1024  # a Gram matrix is added up in blocks, and only on and below the diagonal
+SAMPLE = 512  # rows kept as they are
+
+
+class Statistics:
+    """Sums over the rows x [T, K] that a linear was given.
+
+    tokens: rows seen. gram: X^T X [K, K], lower triangle of blocks until `finish`, or None. absmax, abssum: [K].
+    rows: up to SAMPLE of the inputs themselves [S, K], evenly spread where `stride` says so.
+    """
+
+    def __init__(self, k: int, gram: bool, stride: int = 1) -> None:
+        self.tokens, self._stride = 0, stride
+        self.gram = torch.zeros(k, k) if gram else None
+        self.absmax, self.abssum = torch.zeros(k), torch.zeros(k, dtype=torch.float64)
+        self._kept: list[Tensor] = []
+        self._kept_rows = 0
+
+    def add(self, x: Tensor) -> None:
+        """Takes in rows [T, K], float."""
+        x = x.detach().float()
+        magnitude = x.abs()
+        self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+        self.abssum += magnitude.sum(0)
+        first = -self.tokens % self._stride
+        self.tokens += len(x)
+        room = SAMPLE - self._kept_rows
+        if room > 0 and first < len(x):
+            rows = x[first :: self._stride][:room].clone()
+            self._kept.append(rows)
+            self._kept_rows += len(rows)
+        if self.gram is not None:
+            for start in range(0, x.shape[1], _COLUMNS):
+                columns = x[:, start : start + _COLUMNS]
+                self.gram[start:, start : start + _COLUMNS].addmm_(x[:, start:].T, columns)
+
+    def finish(self) -> None:
+        """Completes the upper triangle of the Gram matrix."""
+        if self.gram is not None:
+            for start in range(0, len(self.gram), _COLUMNS):
+                stop = start + _COLUMNS
+                self.gram[start:stop, stop:] = self.gram[stop:, start:stop].T
+
+    @property
+    def rows(self) -> Tensor:
+        """The kept inputs [S, K]."""
+        if len(self._kept) > 1:
+            self._kept = [torch.cat(self._kept)]
+        return self._kept[0] if self._kept else torch.zeros(0, len(self.absmax))
+
+    @property
+    def absmean(self) -> Tensor:
+        """Mean magnitude of every input [K]."""
+        return (self.abssum / max(self.tokens, 1)).float()
+
+    @property
+    def finite(self) -> bool:
+        """False when a NaN or an infinity came in."""
+        return bool(torch.isfinite(self.absmax).all())
+
+    def divide(self, by: Tensor) -> None:
+        """Makes this the statistics of x / by [K]: what the linear sees after a scale was folded into its producer."""
+        if self.gram is not None:
+            self.gram.div_(by).div_(by.unsqueeze(1))
+        self.absmax, self.abssum = self.absmax / by, self.abssum / by
+        self._kept = [rows / by for rows in self._kept]
+
+
+class Watch:
+    """Collects statistics during a pass over the calibration text. Linears given the same tensor share them.
+
+    grams: the linears whose Gram matrix is wanted; others get the cheap sums alone.
+    """
+
+    def __init__(self, grams: Collection[nn.Module], stride: int) -> None:
+        self.of: dict[nn.Module, Statistics] = {}
+        self._grams, self._stride = grams, stride
+        self._last: tuple[Tensor, Statistics] | None = None
+
+    def see(self, linear: nn.Module, x: Tensor, stride: int | None = None) -> None:
+        """Called with the input [..., K] of a linear. stride: of the kept rows, for linears that see few."""
+        if self._last is not None and self._last[0] is x:
+            shared = self._last[1]
+            if linear in self._grams and shared.gram is None:
+                raise AssertionError("linears with one input need the same statistics")
+            self.of.setdefault(linear, shared)
+            return
+        if linear not in self.of:
+            self.of[linear] = Statistics(x.shape[-1], linear in self._grams, stride or self._stride)
+        self.of[linear].add(x.reshape(-1, x.shape[-1]))
+        self._last = x, self.of[linear]
+
+    def finish(self) -> None:
+        """Ends the pass."""
+        self._last = None
+        for statistics in dict.fromkeys(self.of.values()):
+            statistics.finish()
