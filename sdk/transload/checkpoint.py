@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transload.errors import ConfigError, Unsupported
 from transload.formats import FORMATS
+from transload.formats.activations import activation_notes
 from transload.formats.base import Entry, Format, Json, Source, naming
 from transload.formats.plain import declared_quantization
 from transload.headers.info import shown
@@ -95,7 +96,8 @@ class Checkpoint:
 
     def notes(self) -> list[str]:
         """What is not among the entries, and what is to be known about the layout, in sentences."""
-        return [*self.format.notes(self.source), *hints(self.config)]
+        told = activation_notes(self.source, self.entries.values())
+        return [*self.format.notes(self.source), *told, *hints(self.config)]
 
     def contained_files(self) -> dict[str, bytes]:
         """Files by name that the container itself holds: tokenizer and settings of a GGUF file."""
@@ -116,7 +118,7 @@ class Checkpoint:
 
     @cached_property
     def _folder(self) -> Path | None:
-        if self.source.container != "safetensors":
+        if self.source.container == "gguf":
             return None
         return self.path if self.path.is_dir() else self.path.parent
 

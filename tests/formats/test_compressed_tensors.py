@@ -211,7 +211,7 @@ def test_a_static_input_scale_is_carried_as_a_tensor() -> None:
         (QuantSpec(4, 48), (8, 64), "K=64 is not a multiple of 48"),
         (QuantSpec(4, 32), (3, 8, 64), "split the experts"),
         (QuantSpec(4, 64, Grid.NF4, Zero.NONE), (8, 64), "not nf4"),
-        (QuantSpec(8, -1, act=ActSpec(static=True)), (8, 64), "static"),
+        (QuantSpec(4, -1, act=ActSpec(static=True)), (8, 64), "static"),
     ],
     ids=lambda v: str(v) if isinstance(v, QuantSpec) else None,
 )

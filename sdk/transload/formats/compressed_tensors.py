@@ -111,8 +111,8 @@ class CompressedTensors(Format):
             return shape_limits(spec, shape, _SCALES)
         if spec.zero is Zero.MINS:
             return "it has integer zero points and no float minimum per group"
-        if spec.act is not None and spec.act.static:
-            return "static activation scales are calibrated beside the weight, and a port does not carry them"
+        if spec.act is not None and spec.act.static and (spec.act.group_size != PER_CHANNEL or spec.bits != 8):
+            return "it has one static activation scale per tensor, beside weights of 8 bits"
         allowed = (4, 8) if spec.act else BITS
         reason = integer_limits(spec, shape, allowed, (Zero.MIDPOINT, Zero.CODES), _SCALES)
         return reason or positional(spec) or divided(spec, shape[-1])

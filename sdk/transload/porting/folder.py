@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from transload.formats.activations import keep_cache_scheme
 from transload.formats.base import Json
 from transload.formats.plain import Plain
 from transload.porting.container import Container
@@ -26,7 +27,9 @@ class Folder(Container):
         carried = [name for o in self.plan.outputs() if o.spec is None for name in o.tensors]
         extra = dict(self.plan.format.finish(specs, dict(_float_linears(self.plan))))
         extra |= self.plan.format.describe(specs, carried)
-        writer.add_json("config.json", _config(self.source.config, self.plan) | extra.pop("config.json", {}))
+        config = _config(self.source.config, self.plan) | extra.pop("config.json", {})
+        keep_cache_scheme(self.source.config, config)
+        writer.add_json("config.json", config)
         names = ["config.json", *extra]
         for name, value in extra.items():
             writer.add_json(name, value)

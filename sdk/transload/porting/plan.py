@@ -74,12 +74,16 @@ class Options:
 
 @dataclass(slots=True)
 class PortPlan:
-    """Every step, in the source's order. refusals: module -> the reason, empty when the port can run."""
+    """Every step, in the source's order. refusals: module -> the reason, empty when the port can run.
+
+    left_out: tensors of the source that the target has no use for, see `porting.calibrated`.
+    """
 
     target: Target
     options: Options
     steps: list[Step] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def format(self) -> Format:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from transload.checkpoint import Checkpoint
+from transload.porting.calibrated import settle_calibrated
 from transload.porting.fused import agree
 from transload.porting.placing import Placer
 from transload.porting.plan import Options, Output, PortPlan, Step, pieces_of
@@ -40,6 +41,7 @@ def plan_port(source: Checkpoint, target: Target, options: Options) -> PortPlan:
         agree(plan, place)
     settle(plan, place)
     plan.refusals = place.refusals
+    settle_calibrated(plan, source)
     return plan
 
 
