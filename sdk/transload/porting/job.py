@@ -15,6 +15,7 @@ from transload.checkpoint import open as open_checkpoint
 from transload.errors import FormatError
 from transload.formats.base import Json
 from transload.formats.plain import Plain
+from transload.porting.calibrated import left_out_notes
 from transload.porting.fingerprint import fingerprint, stored_fingerprint
 from transload.porting.moving import Value, encoded, moved, packed_values, values
 from transload.porting.plan import Action, Output, PortPlan, Step
@@ -166,6 +167,7 @@ class Job:
         code = [file.name for file in self.source.custom_code()]
         if code:
             yield f"code beside the weights was not copied: {', '.join(code)}"
+        yield from left_out_notes(self.plan)
         rounded = [o.name for o in self.plan.outputs() if o.action is Action.DEQUANTIZE]
         if rounded and not isinstance(self.plan.format, Plain):
             dtype = str(self.plan.options.floats).removeprefix("torch.")
