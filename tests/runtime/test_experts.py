@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from transload.quant import QuantSpec
 from transload.reference import quantize_rtn
@@ -59,7 +60,11 @@ def quantized(module: Experts, scheme: str = "w4a16") -> QuantExperts:
     ],
     ids=["all", "some-idle", "elsewhere"],
 )
-def test_experts_compute_what_the_model_computes(index: list[list[int]]) -> None:
+@pytest.mark.parametrize("in_a_graph", [False, True], ids=["eager", "graph"])
+def test_experts_compute_what_the_model_computes(
+    index: list[list[int]], in_a_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: in_a_graph)
     torch.manual_seed(0)
     module = Experts()
     stand_in = quantized(module)
@@ -72,6 +77,28 @@ def test_experts_compute_what_the_model_computes(index: list[list[int]]) -> None
 def test_no_tokens_are_no_problem() -> None:
     out = quantized(Experts())(torch.empty(0, H), torch.empty(0, TOP, dtype=torch.int64), torch.empty(0, TOP))
     assert out.shape == (0, H)
+
+
+class Shapes(QuantExperts):
+    """The layer without its products, which are tested where the kernels are."""
+
+    def _products(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        assert counts.shape == (E,)
+        return torch.empty_like(rows)
+
+
+def traced(device: str) -> torch.Size:
+    """The layer on tensors that have no numbers: whoever asks for one fails."""
+    layer = Shapes(E, Experts()._apply_gate)
+    with FakeTensorMode():
+        index = torch.empty(5, TOP, dtype=torch.int64, device=device)
+        return layer(torch.empty(5, H, device=device), index, torch.empty(5, TOP, device=device)).shape
+
+
+def test_on_a_device_nothing_waits_for_a_number() -> None:
+    assert traced("cuda") == (5, H)
+    with pytest.raises(DynamicOutputShapeException):  # in host memory numbers cost nothing, and rows are left out
+        traced("cpu")
 
 
 def test_the_weights_come_back_exactly() -> None:

@@ -97,16 +97,27 @@ class QuantExperts(nn.Module):
         An index of num_experts or above means "not here" and adds nothing, as in transformers.
         """
         tokens, top_k = top_k_index.shape
-        chosen = top_k_index.reshape(-1)
-        order = torch.argsort(chosen, stable=True)
-        counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts]
-        order = order[: int(counts.sum())]  # rows of experts that live elsewhere come last
-        rows = hidden_states[order // top_k]
-        out = self._products(rows, counts)
-        out = out * top_k_weights.reshape(-1, 1)[order]
-        placed = out.new_zeros(tokens * top_k, out.shape[-1])
-        placed[order] = out
+        chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        order, counts, elsewhere = self._rows(chosen, order)
+        out = self._products(hidden_states.index_select(0, order // top_k), counts)
+        if elsewhere is not None:
+            out = out.masked_fill(elsewhere.unsqueeze(1), 0)
+        out = out * top_k_weights.reshape(-1, 1).index_select(0, order)
+        placed = out.new_zeros(tokens * top_k, out.shape[-1]).index_copy_(0, order, out)
         return placed.view(tokens, top_k, out.shape[-1]).sum(1).to(hidden_states.dtype)
+
+    def _rows(self, chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(order of the rows to compute, int64 counts [E] that add up to them, which of them to drop or None).
+
+        Rows of experts that live elsewhere come last. In host memory they are left out. On a device, and in a graph,
+        nothing may wait for their number: the last expert computes them too, and its results for them are dropped.
+        """
+        if chosen.device.type == "cpu" and not torch.compiler.is_compiling():
+            counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts]
+            return order[: int(counts.sum())], counts, None
+        home = chosen.clamp(max=self.num_experts - 1)
+        counts = chosen.new_zeros(self.num_experts).scatter_add_(0, home, torch.ones_like(home))
+        return order, counts, chosen >= self.num_experts
 
     def _products(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Both projections and the gate between them, in one step where the kernel fuses them."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_under_test import GPU
+from gpu_under_test import GPU, INTERPRETED
 
 from transload_cpu import backend as cpu
 
@@ -45,3 +45,14 @@ def test_a_model_gives_the_logits_of_the_cpu(name: str, scheme: str, error: floa
     kernels = {module.kernel.name for module in model.modules() if hasattr(module, "kernel")}
     assert kernels == {"triton-a8" if scheme == "w4a8" else "triton-a16"}
     assert 0 < nmse(logits["cuda"], logits["cpu"]) < error
+
+
+def test_a_model_with_experts_is_compiled_as_one_graph(tmp_path: Path) -> None:
+    make("qwen3-moe", tmp_path)
+    asked = TransloadConfig(group_size=32, device="cuda", scheme="w4a8")
+    model = transload.load(tmp_path, quantize=asked, dtype=torch.float32, device="cuda")
+    ids = torch.tensor([[3, 1, 41, 5]], device=model.device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+    with torch.no_grad():
+        assert nmse(compiled(ids, use_cache=False).logits.cpu(), model(ids, use_cache=False).logits.cpu()) < 1e-9
+    torch._dynamo.reset()
