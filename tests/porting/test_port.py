@@ -221,7 +221,7 @@ def test_progress_goes_from_nothing_to_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ({"to": "gguf"}, ConfigError, "needs a gguf file"),
+        ({"to": "gguf"}, ConfigError, "writes one file; call it b.gguf"),
         ({"to": "marlin"}, ConfigError, "no format 'marlin'.*engines: vllm==0.32"),
         ({"to": "gptq", "requantize": "four"}, ConfigError, "for example int4-g128"),
         ({"to": "gptq", "requantize_all": True}, ConfigError, "without requantize"),

@@ -103,6 +103,8 @@ def _derived(arch: str, fields: Fields) -> dict[str, Any]:
         found["nextn_predict_layers"] = nextn
     if arch in ("glm4moe", "minimax-m2"):
         found["expert_gating_func"] = _SIGMOID
+    if arch == "minimax-m2":
+        found["feed_forward_length"] = fields.count("intermediate_size")  # its loader sizes experts by this key
     return found
 
 

@@ -39,10 +39,12 @@ class Placer:
         kept, choice = kept_in_float(name), self._choice(name, spec.bits)
         if isinstance(self.target.format, Plain) or (kept == "embedding" and not self.target.format.embeddings):
             return self._dequantized(name, shape, expert)
-        exact = None if self.options.everything and choice is not None else self.taken(name, spec, shape)
+        named = choice is not None and choice.pattern != ""
+        stays = kept is not None and self.target.format.embeddings and not named  # the format keeps heads quantized too
+        anew = self.options.everything and choice is not None and not stays
+        exact = None if anew else self.taken(name, spec, shape)
         if exact is not None:
             return self.in_form(name, exact, shape, expert)
-        named = choice is not None and choice.pattern != ""
         if kept is not None and not named:  # heads and routers suffer most from rounding, and every target has floats
             return self._dequantized(name, shape, expert)
         return self.requantized(name, spec, shape, expert)
@@ -105,6 +107,8 @@ class Placer:
         self, name: str, scheme: QuantSpec, spec: QuantSpec | None, shape: tuple[int, ...], expert: int | None
     ) -> Output:
         form = self.taken(name, scheme, shape)
+        if form is not None and form.bits > scheme.bits and form.zero is not scheme.zero:
+            form = None  # zero points folded into wider codes: exact, and not what was asked for
         if form is None:
             self.refusals[name] = f"{scheme} instead of {spec or 'float'}: {self.reason(name, scheme, shape)}"
             return Output(name, Action.REQUANTIZE, scheme, {}, expert, scheme)

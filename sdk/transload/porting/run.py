@@ -11,6 +11,9 @@ import torch
 from transload.checkpoint import Checkpoint
 from transload.checkpoint import open as open_checkpoint
 from transload.errors import ConfigError
+from transload.porting.container import Container
+from transload.porting.folder import Folder
+from transload.porting.gguf_file import GgufFile
 from transload.porting.job import Job
 from transload.porting.plan import Options
 from transload.porting.planning import plan_first
@@ -22,6 +25,7 @@ from transload.quant import ActSpec
 from transload.writer import Writer
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+_CONTAINERS: dict[str, type[Container]] = {"safetensors": Folder, "gguf": GgufFile}
 _FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ACTIVATIONS: dict[str, tuple[ActSpec | None] | None] = {"keep": None, "int8": (ActSpec(),), "16bit": (None,)}
 
@@ -69,18 +73,19 @@ def port(
     if requantize_all and schemes is None:
         raise ConfigError("requantize_all without requantize: give the scheme, for example requantize='int4-g128'")
     targets = find_targets(to, arch)
-    if targets[0].format.container != "safetensors":
-        raise ConfigError(f"'{to}' needs a {targets[0].format.container} file, and a port writes safetensors folders")
     source = open_checkpoint(src, layout)
     options = Options(None, requantize_all, _FLOATS[floats], _ACTIVATIONS[activations])
     plan = plan_first(source, targets, options, schemes)
+    container = _CONTAINERS[plan.format.container](source, plan, Path(dst))
     if plan.refusals:
         raise refused(source, plan, schemes)
-    job = Job(source, plan, Path(dst), progress or (lambda done, total, what: None))
+    job = Job(container, progress or (lambda done, total, what: None))
     identity = f"{source.path.resolve()} {_stamp(source)} {to} {arch} {layout} {plan.options}"
-    with Writer(dst, plan.layout(), source=source.path, overwrite=overwrite, resume=resume, job=identity) as writer:
+    laid_out = container.layout()
+    with Writer(dst, laid_out, source=source.path, overwrite=overwrite, resume=resume, job=identity) as writer:
         job.write(writer)
-        job.compare(writer.partial)
+        writer.flush()  # reaches the disk while it is read back
+        job.compare(writer)
     return job.report(time.monotonic() - began)
 
 
