@@ -24,11 +24,11 @@ def _row(name: str, pattern: str, sentence: str, next_step: str) -> Row:
     return Row(name, re.compile(pattern), sentence, next_step)
 
 
-_GIB = r"([\d.]+) ?GiB"
+_GIB = r"([\d.]+)"
 ROWS = (
     _row(
         "kv-too-small",
-        rf"\({_GIB} KV cache is needed, which is larger than the available KV cache memory \({_GIB}\)\.?"
+        rf"\({_GIB} GiB KV cache is needed, which is larger than the available KV cache memory \({_GIB} GiB\)\.?"
         r"(?:.*estimated maximum model length is (\d+))?",
         "one request of the maximum length needs {0} GiB of KV cache and {1} GiB are left",
         "plan with a shorter --context{2}, fp8 KV cache, more devices or a larger --gpu-memory-utilization",
@@ -47,13 +47,13 @@ ROWS = (
     ),
     _row(
         "memory-taken",
-        rf"Available memory on node (\S+) \({_GIB}/{_GIB}\) on kv cache",
+        rf"Available memory on node (\S+) \({_GIB}/{_GIB} GiB\) on kv cache",
         "the KV cache does not fit into the memory of NUMA node {0}: {1} of {2} GiB are free",
         "give a smaller --kv-cache, or end other programs",
     ),
     _row(
         "out-of-memory",
-        r"(?:CUDA|NPU|HIP|XPU) out of memory\. Tried to allocate ([\d.]+ [KMGi]*B)|(OutOfMemoryError)|"
+        r"(?:CUDA|NPU|HIP|XPU) out of memory\. Tried to allocate ([\d.]+ [KMGi]*B)|(OutOfMemoryError)(?!:.*Tried)|"
         r"DefaultCPUAllocator: (can't allocate memory)|(aclrtMalloc).*(?:failed|207001)",
         "device memory ran out ({0})",
         "lower --gpu-memory-utilization by 0.05 (memory outside the engine's budget ran out), or plan with fewer "
@@ -157,9 +157,15 @@ ROWS = (
     ),
     _row(
         "port-in-use",
-        r"(?:Address already in use|EADDRINUSE|error while attempting to bind on address \('[^']*', (\d+)\))",
+        r"error while attempting to bind on address \('[^']*', (\d+)\)",
         "the engine's port {0} is in use",
         "end the process that uses it (`ss -ltnp`), or give another --port",
+    ),
+    _row(
+        "port-in-use",
+        r"Address already in use|EADDRINUSE",
+        "a port that the engine needs is in use",
+        "end the processes of earlier starts (`ss -ltnp`), or give another --port",
     ),
     _row(
         "missing-tensors",
@@ -201,7 +207,8 @@ ROWS = (
         "bad-argument",
         r"(?:vllm(?: serve)?|api_server\.py): error: (.{0,300})",
         "the engine refuses its arguments: {0}",
-        "the plan was made for another version of the engine: plan and render again for the installed one",
+        "correct the arguments after --; if they come from a plan, it was made for another version of the engine: plan "
+        "and render again for the installed one",
     ),
     _row(
         "no-metadata",

@@ -76,13 +76,13 @@ def with_cache(plan: Plan, size: int | None) -> Plan:
     Raises ConfigError when the plan's cache has no such room, or `size` holds less than one sequence.
     """
     deployment = plan.deployments[0]
-    sequences = max(1, min(plan.concurrency, deployment.max_num_seqs))
-    share = min(1.0, sequences / deployment.max_concurrency)
+    tokens = max(1, min(plan.concurrency, deployment.max_num_seqs)) * plan.context
+    needed = min(deployment.kv_blocks, -(-deployment.kv_blocks * tokens // deployment.kv_tokens))
     planned = max(line.size for stage in deployment.stages for line in stage.lines if line.group == "kv")
-    wanted = planned * share if size is None else size
+    wanted = planned * needed // deployment.kv_blocks if size is None else size
     if wanted > planned:
         raise ConfigError(f"a KV cache of {show_bytes(wanted)} does not fit: {show_bytes(planned)} are left for it")
-    blocks = int(deployment.kv_blocks * wanted / planned) if size is not None else _ceil(deployment.kv_blocks * share)
+    blocks = deployment.kv_blocks * wanted // planned
     tokens, concurrency = _scaled(deployment, blocks)
     if concurrency < 1:
         need = planned / deployment.max_concurrency
@@ -111,7 +111,3 @@ def _shrunk(stage: StageLedger, blocks: int, of: int) -> StageLedger:
         for line in stage.lines
     )
     return stage.model_copy(update={"lines": tuple(lines)})
-
-
-def _ceil(value: float) -> int:
-    return -int(-value // 1)

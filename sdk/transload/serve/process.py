@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,8 @@ class Child:
         self._recent: deque[str] = deque(maxlen=KEPT_LINES)
         self._lock = threading.Lock()
         command = list(argv)
+        if shutil.which(command[0]) is None:
+            raise BackendError(f"{command[0]}: cannot be started: no such program")
         if sys.platform == "linux":
             command = [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *argv]
         try:

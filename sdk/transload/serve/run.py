@@ -12,7 +12,7 @@ from transload.serve.events import Event, Kind, Listener
 from transload.serve.failures import Failure, explain
 from transload.serve.health import healthy
 from transload.serve.logs import Progress, advance
-from transload.serve.peers import Peers, State
+from transload.serve.neighbours import Neighbours
 from transload.serve.process import Child
 from transload.serve.starting import Start
 
@@ -38,44 +38,51 @@ class Settings:
     watch_port: int = 29600
 
 
-class Runner(threading.Thread):
-    """A thread that keeps one process of an engine. `failure` tells why it ended, None when it was asked to."""
+class Runner:
+    """Keeps one process of an engine, in a thread. `failure` tells why it ended, None when it was asked to."""
 
     def __init__(self, start: Start, settings: Settings, listener: Listener) -> None:
-        super().__init__(name=f"serve {start.name}", daemon=True)
         self.begin, self._settings, self._listener = start, settings, listener
-        self.ready, self.failure = threading.Event(), None
+        self.ready = threading.Event()
+        self.failure: Failure | None = None
+        self.over = False
         self.progress = Progress()
-        self._stop, self._force = threading.Event(), threading.Event()
-        self._trouble: Failure | None = None
-        self._peers: Peers | None = None
-        self._head_left = threading.Event()
+        self._asked, self._force = threading.Event(), threading.Event()
+        self._neighbours = Neighbours(start, self._tell)
+        self._thread = threading.Thread(target=self._run, name=f"serve {start.name}", daemon=True)
 
-    failure: Failure | None
+    def start(self) -> None:
+        """Starts the thread, which starts the process."""
+        self._thread.start()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Waits for the end. Returns False when the time is over before."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def stop(self, force: bool = False) -> None:
         """Asks the engine to finish its requests and end; with force, or the second time, at once."""
-        if force or self._stop.is_set():
+        if force or self._asked.is_set():
             self._force.set()
-        self._stop.set()
+        self._asked.set()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         """Until the engine was stopped, or failed as often as it may."""
         try:
-            self._watch_peers()
+            self._neighbours.join(self._settings.watch_port)
             self._attempts()
         except TransloadError as error:
             self.failure = Failure("not-started", str(error), "")
             self._say_failed(self.failure)
         finally:
+            self.over = True
             self.ready.set()  # nobody waits for an engine that has ended
-            if self._peers is not None:
-                self._peers.close()
+            self._neighbours.close()
             self._tell("stopped", "stopped", code=0 if self.failure is None else 1)
 
     def _attempts(self) -> None:
         attempt = 0
-        while not self._stop.is_set():
+        while not self._asked.is_set():
             began = time.monotonic()
             self.failure = self._once()
             if self.failure is None:
@@ -90,17 +97,16 @@ class Runner(threading.Thread):
             self._tell(
                 "restarting", f"starting again in {delay:g} s ({attempt} of {self._settings.restarts})", delay=delay
             )
-            if self._stop.wait(delay):
-                self.failure = None
+            self.failure = None
+            if self._asked.wait(delay):
                 return
-            self._await_peers()
+            self._neighbours.await_return(self._asked)
         self.failure = None
 
     def _once(self) -> Failure | None:
         """One life of the process. Returns None when it was asked to stop."""
-        self._trouble, self.progress = None, Progress()
-        self._head_left.clear()
-        self._say("starting")
+        self.progress = Progress()
+        self._neighbours.begin()
         failure = self._set_up()
         if failure is not None:
             return failure
@@ -139,15 +145,16 @@ class Runner(threading.Thread):
         """Watches until the engine ends (why), or a stop is asked for (None)."""
         settings, asked = self._settings, 0.0
         answered: float | None = None
-        while not self._stop.wait(_TICK):
+        while not self._asked.wait(_TICK):
             code = child.poll()
             if code is not None:
                 child.end(0)  # the reader has seen everything then
-                return self._with_peers(explain(child.recent(), code))
-            if self._trouble is not None:
+                return self._neighbours.blame(explain(child.recent(), code))
+            trouble = self._neighbours.trouble
+            if trouble is not None:
                 child.terminate()
                 child.end(2.0)
-                return self._trouble
+                return trouble
             now = time.monotonic()
             if now - asked < (settings.health_every if answered else 0.5):
                 continue
@@ -170,7 +177,7 @@ class Runner(threading.Thread):
     def _became_ready(self, seconds: float) -> None:
         command = self.begin.command
         url = command.health_url.removesuffix(command.health_path) + "/v1"
-        self._say("ready")
+        self._neighbours.say("ready")
         self._compare()
         text = f"ready after {seconds:.0f} s: {url}" if self.begin.head else f"ready: the head answers at {url}"
         self._tell("ready", text, url=url, seconds=round(seconds, 1), log=str(self.begin.log))
@@ -195,13 +202,13 @@ class Runner(threading.Thread):
     def _drain(self, child: Child) -> None:
         """Lets running requests finish. A node without the API waits for the head to do that first."""
         deadline = time.monotonic() + self._settings.drain + _GRACE
-        self._say("leaving")
+        self._neighbours.say("leaving")
         running = self.progress.running
         note = f"stopping: no new requests, up to {self._settings.drain:g} s for those that run"
         self._tell("draining", note, running=running)
-        if not self.begin.head and self._peers is not None and self._peers.states():
+        if not self.begin.head and self._neighbours.seen:
             while time.monotonic() < deadline - _GRACE and not self._force.is_set() and child.poll() is None:
-                if self._head_left.wait(_TICK):
+                if self._neighbours.head_left.wait(_TICK):
                     break
         child.terminate()
         while time.monotonic() < deadline and not self._force.is_set() and child.poll() is None:
@@ -225,78 +232,9 @@ class Runner(threading.Thread):
                 running=now.running, waiting=now.waiting, tokens_per_second=now.tokens_per_second,
             )  # fmt: skip
 
-    def _watch_peers(self) -> None:
-        """Joins the watch between the nodes of the instance, where there are several."""
-        command, port = self.begin.command, self._settings.watch_port
-        if not self.begin.peers or not port:
-            return
-        port += command.instance
-        peers = Peers(command.node, frozenset(self.begin.peers), command.instance, self._peer)
-        if self.begin.head:
-            try:
-                peers.listen(command.address, port)
-            except OSError as error:
-                text = (
-                    f"cannot listen on {command.address}:{port} ({error.strerror}): failures of other nodes show late"
-                )
-                self._tell("notice", text)
-                return
-        else:
-            peers.connect(command.head_address, port)
-        self._peers = peers
-
-    def _peer(self, node: str, state: State, text: str) -> None:
-        """Called with every change of another node's state."""
-        address = self.begin.peers.get(node, "")
-        who = f"node {node}" + (f" ({address})" if address not in ("", node) else "")
-        words = {
-            "starting": "has joined",
-            "ready": "is ready",
-            "leaving": "is being stopped",
-            "failed": f"failed: {text}",
-        }
-        self._tell("peer", f"{who} {words.get(state, f'is gone: {text}')}", node=node, state=state)
-        to_head = node not in self.begin.peers or self.begin.peers[node] == self.begin.command.head_address
-        if state in ("failed", "gone") and to_head and not self.begin.head:
-            self._head_left.set()
-        if state in ("failed", "gone") or (state == "leaving" and self.begin.head):
-            self._trouble = Failure(
-                f"peer-{state}",
-                f"{who} {words.get(state, f'is gone: {text}')}; the engine spans it and cannot answer without it",
-                ""
-                if state == "leaving"
-                else f"see its log, and start it again there: transload launch DIR --node {node}",
-            )
-
-    def _with_peers(self, failure: Failure) -> Failure:
-        """The failure of another node where there is one: it came first. A moment is given for the news to arrive."""
-        if failure.name in ("peer-lost", "peer-timeout", "unknown") and self._peers is not None:
-            deadline = time.monotonic() + 3
-            while self._trouble is None and time.monotonic() < deadline:
-                time.sleep(0.1)
-        return self._trouble or failure
-
-    def _await_peers(self) -> None:
-        """Before a restart: nodes that were here before must be back, or the engine waits for them in vain."""
-        if self._peers is None:
-            return
-        told = False
-        while not self._stop.is_set():
-            missing = [n for n, state in self._peers.states().items() if state in ("gone", "failed", "leaving")]
-            if not missing:
-                return
-            if not told:
-                self._tell("notice", f"waiting for {', '.join(missing)} to come back")
-                told = True
-            self._stop.wait(_TICK)
-
-    def _say(self, state: State, text: str = "") -> None:
-        if self._peers is not None:
-            self._peers.say(state, text)
-
     def _say_failed(self, failure: Failure) -> None:
         if not failure.name.startswith("peer-"):
-            self._say("failed", failure.sentence)
+            self._neighbours.say("failed", failure.sentence)
         step = f" Next: {failure.next_step}." if failure.next_step else ""
         data = {"failure": failure.name, "next_step": failure.next_step, "evidence": failure.evidence}
         self._tell("failed", f"{failure.sentence}.{step}", **data, log=str(self.begin.log))

@@ -21,6 +21,7 @@ from transload.serve.run import Runner, Settings
 from transload.serve.starting import Start
 
 log = logging.getLogger("transload.serve")
+log.addHandler(logging.NullHandler())  # silent unless the program that uses this configures logging
 _LEVELS = {"failed": logging.ERROR, "drift": logging.WARNING, "notice": logging.WARNING, "load": logging.DEBUG}
 
 
@@ -78,7 +79,7 @@ class Service:
             if not runner.ready.wait(left):
                 self.stop(force=True)
                 raise BackendError(f"{runner.begin.name}: not ready after {timeout:g} s; log: {runner.begin.log}")
-            if not runner.is_alive() or runner.failure is not None:
+            if runner.over:
                 self.stop(force=True)
                 raise BackendError(self._why(runner))
         return self
@@ -97,8 +98,7 @@ class Service:
         """Waits until all engines have ended. Returns 0 when they were asked to, 1 when one failed, None in time."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for runner in self._runners:
-            runner.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-            if runner.is_alive():
+            if not runner.join(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 return None
         return int(any(r.failure is not None for r in self._runners))
 

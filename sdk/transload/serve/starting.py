@@ -61,7 +61,7 @@ def start_of(
     return Start(
         command=command,
         argv=argv,
-        env={**_inherited(engine, folder), **command.env, **_cores(command), **(env or {})},
+        env={**_inherited(engine, folder), **command.env, **_cores(command, engine), **(env or {})},
         setup=tuple((*engine.program(line[0]), *line[1:]) for line in command.setup),
         log=folder / f"{command.name}.log",
         peers=peers or {},
@@ -94,10 +94,10 @@ def _metadata(engine: InstalledEngine, folder: Path) -> Path:
     return info.parent
 
 
-def _cores(command: EngineCommand) -> dict[str, str]:
-    """Cores for the workers of this node when the engine's own choice, one NUMA node a worker, cannot be met."""
+def _cores(command: EngineCommand, engine: InstalledEngine) -> dict[str, str]:
+    """Cores for CPU workers where the engine's own choice, one NUMA node for each, cannot be met."""
     workers = len(command.devices)
-    if command.env.get(_BIND) != "auto" or workers <= _numa_nodes():
+    if engine.platform != "cpu" or workers <= _numa_nodes() or _BIND in {**os.environ, **command.env}:
         return {}
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     if len(cores) < workers:
