@@ -200,3 +200,10 @@ def test_moving_a_model_keeps_its_answers(tmp_path: Path) -> None:
 
 def test_inputs_of_a_picture_model_hold_pictures() -> None:
     assert "pixel_values" in inputs(MODELS["qwen2.5-vl"]())
+
+
+def test_a_saved_model_says_what_loads_it(tmp_path: Path) -> None:
+    make("llama", tmp_path / "float")
+    transload.load(tmp_path / "float", device="cpu", bits=4).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert "import transload.runtime" in saved["needs"]

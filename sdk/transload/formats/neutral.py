@@ -29,6 +29,8 @@ from transload.headers.info import shown
 from transload.quant import SCALE_DTYPES, ActSpec, Grid, QTensor, QuantSpec, Zero
 
 VERSION = 1
+# For whoever looks into config.json after transformers warned of an unknown method: it goes on without the weights.
+NEEDS = "import transload.runtime before from_pretrained, or transload.load"
 _PARTS = ("codes", "scales", "zeros", "mins", "g_idx", "shape")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
 _STORED = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -84,7 +86,7 @@ class Neutral(Format):
             groups.setdefault(spec, []).append(module)
         ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
         schemes = [_to_json(spec) | ({"modules": names} if i else {}) for i, (spec, names) in enumerate(ordered)]
-        quantization: Json = {"quant_method": self.name, "version": VERSION, "schemes": schemes}
+        quantization: Json = {"quant_method": self.name, "needs": NEEDS, "version": VERSION, "schemes": schemes}
         return {"config.json": {"quantization_config": quantization}}
 
 

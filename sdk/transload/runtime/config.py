@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from transload.checkpoint import Checkpoint
 from transload.errors import ConfigError
+from transload.formats.neutral import NEEDS
 from transload.quant import PER_CHANNEL, SCALE_DTYPES, QuantSpec, Zero
 from transload.runtime.placement import SCHEMES
 from transload.runtime.spread import Spread
@@ -58,6 +59,7 @@ class TransloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = METHOD,
         version: int | None = None,
         schemes: list[dict[str, object]] | None = None,
+        needs: str = NEEDS,
     ) -> None:
         if quant_method != METHOD:
             raise ConfigError(f"TransloadConfig with quant_method '{quant_method}': it is for '{METHOD}'")
@@ -121,7 +123,12 @@ class TransloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """What config.json gets: for a stored model its description and how it was run, else the request."""
         if not self.stored:
             return {n: v for n, v in vars(self).items() if n not in ("version", "schemes") and not n.startswith("_")}
-        kept: dict[str, Any] = {"quant_method": METHOD, "version": self.version, "schemes": self.schemes}
+        kept: dict[str, Any] = {
+            "quant_method": METHOD,
+            "needs": NEEDS,
+            "version": self.version,
+            "schemes": self.schemes,
+        }
         return kept | ({"scheme": self.scheme} if self.scheme else {})
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
