@@ -247,6 +247,30 @@ def test_members_of_different_schemes_are_not_fused(tmp_path: Path) -> None:
         transload.open(tmp_path / "native", layout="remote")
 
 
+def test_act_order_moves_with_the_rows_and_is_joined_only_where_members_share_it(tmp_path: Path) -> None:
+    quantized(tmp_path / "remote", "gptq", config(num_layers=1))
+    file = tmp_path / "remote" / "model.safetensors"
+    order = torch.arange(64).flip(0) // 32
+    tensors = load_file(file)
+    mixed = {n: order.int() for n, t in tensors.items() if n.endswith("query_key_value.g_idx")}
+    save_file(tensors | mixed, file)
+    settings = json.loads((tmp_path / "remote" / "config.json").read_text())
+    settings["quantization_config"]["desc_act"] = True
+    (tmp_path / "remote" / "config.json").write_text(json.dumps(settings))
+    transload.port(tmp_path / "remote", tmp_path / "native", to="gptq", layout="native")
+    w = transload.open(tmp_path / "native")["model.layers.0.self_attn.k_proj"]
+    assert isinstance(w, QTensor)
+    assert w.group_of_k().equal(order)
+    transload.port(tmp_path / "native", tmp_path / "again", to="gptq", layout="remote")
+    assert transload.verify(tmp_path / "remote", tmp_path / "again").equal
+
+    file = tmp_path / "native" / "model.safetensors"
+    name = "model.layers.0.self_attn.k_proj.g_idx"
+    save_file(load_file(file) | {name: (torch.arange(64) % 2).int()}, file)
+    with pytest.raises(CannotHold, match="the act-order of its members differs"):
+        transload.open(tmp_path / "native", layout="remote")
+
+
 def test_an_unknown_layout_is_refused_by_name(tmp_path: Path) -> None:
     chatglm.write(tmp_path, chatglm.weights(config()), config())
     with pytest.raises(ConfigError, match="layout 'hf': give one of stored, native, remote"):

@@ -66,11 +66,24 @@ class Parts:
                 raise CannotHold(
                     f"{self._source.path}: {name} is one fused module in this layout, and its members differ: {what}"
                 )
+        self._check_order(name, found)
         counts = [(r.stop if r.stop is not None else e.shape[0]) - r.start for r, e in zip(rows, found, strict=True)]
         nbytes = sum(e.stored_bytes * n // e.shape[0] for e, n in zip(found, counts, strict=True))
         tensors = tuple(dict.fromkeys(t for e in found for t in e.tensors))
         self.entries[name] = Entry(name, first.spec, (sum(counts), *first.shape[1:]), tensors, nbytes, first.dtype)
         self.pieces[name] = rows
+
+    def _check_order(self, name: str, found: list[Entry]) -> None:
+        """Joined members with act-order share one g_idx. It is read: headers do not tell."""
+        if len(found) == 1 or found[0].spec is None or not found[0].spec.act_order:
+            return
+        groups = [self._format.decode(self._source, entry).group_of_k() for entry in found]
+        if any(not groups[0].equal(other) for other in groups[1:]):
+            what = ", ".join(e.name for e in found)
+            raise CannotHold(
+                f"{self._source.path}: {name} is one fused module in this layout, and the act-order of its members "
+                f"differs: {what}"
+            )
 
     def _entry(self, rows: Rows, name: str) -> Entry:
         entry = self._stored.get(rows.module)
