@@ -52,6 +52,7 @@ class Inspection:
     groups: tuple[Group, ...]
     backends: tuple[Verdict, ...]
     engines: tuple[Verdict, ...]
+    notes: tuple[str, ...] = ()  # what no module shows: activations, caches, another layout that exists
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -70,6 +71,7 @@ def inspect(path: str | Path) -> Inspection:
         groups=_groups(checkpoint.entries),
         backends=tuple(_backend_verdict(b, quantized) for _, b in sorted(hal.backends().items())),
         engines=tuple(_engine_verdict(e, checkpoint.format.name, quantized) for e in ENGINES),
+        notes=tuple(checkpoint.notes()),
     )
 
 

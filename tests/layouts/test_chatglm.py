@@ -286,5 +286,6 @@ def test_a_float_checkpoint_is_quantized_on_load(tmp_path: Path) -> None:
 def test_the_stored_layout_says_that_another_exists(tmp_path: Path) -> None:
     checkpoint = transload.open(chatglm.write(tmp_path, chatglm.weights(config()), config()))
     assert isinstance(checkpoint, Checkpoint)
-    assert any("layout native" in note for note in checkpoint.notes())
+    assert any("--layout native" in note for note in checkpoint.notes())
+    assert any("--layout native" in note for note in transload.inspect(tmp_path).notes)
     assert "transformer.output_layer" in checkpoint

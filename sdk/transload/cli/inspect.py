@@ -30,10 +30,13 @@ def inspect(
         print_json(found)
         return
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     console.print(pairs(_summary(found)))
     console.print(_modules(found, every))
+    for note in found.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
     console.print(_verdicts("who runs it here", found.backends))
     console.print(_verdicts("engines", found.engines))
 

@@ -43,7 +43,9 @@ def hints(config: Mapping[str, object]) -> list[str]:
     inner = nested.get("model_type") if isinstance(nested, Mapping) else None
     types = [t for t in (config.get("model_type"), inner) if isinstance(t, str)]
     if chatglm.REMOTE in types and "GlmForCausalLM" not in str(config.get("architectures")):
-        return ["layout: ChatGLM's own, which transformers runs with remote code only; layout native needs none"]
+        return [
+            "layout: ChatGLM's own, for which transformers needs remote code; `port --layout native` gives one without"
+        ]
     if types and not any(t in FAMILIES for t in types):
         return [f"model_type {shown(types[0])} is not known here: every name and shape is carried as it is stored"]
     return []
