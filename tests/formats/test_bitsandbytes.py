@@ -149,13 +149,23 @@ def test_broken_files_never_crash(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("refused", "shape", "reason"),
     [
-        (NF4, (4, 96), "K=96 is not a multiple of 64"),
-        (QuantSpec(4, 48, Grid.NF4, Zero.NONE), (4, 96), "not 48"),
+        (NF4, (4, 80), "none divides groups of 64 of K=80"),
+        (QuantSpec(4, 48, Grid.NF4, Zero.NONE), (4, 96), "none divides groups of 48"),
+        (QuantSpec(4, -1, Grid.NF4, Zero.NONE), (4, 50), "none divides one scale per row of K=50"),
         (QuantSpec(4, 64), (4, 64), "not int"),
     ],
 )
 def test_what_it_cannot_hold_is_a_sentence(refused: QuantSpec, shape: tuple[int, int], reason: str) -> None:
     assert reason in (FMT.cannot_hold(refused, shape) or "")
+
+
+@pytest.mark.parametrize(("group", "k", "size"), [(64, 96, 32), (128, 192, 64), (-1, 96, 32), (-1, 1536, 512)])
+def test_groups_that_no_block_fits_are_written_as_smaller_blocks(group: int, k: int, size: int) -> None:
+    w = random_weight(QuantSpec(4, group, Grid.NF4, Zero.NONE), 6, k)
+    assert FMT.cannot_hold(w.spec, (6, k)) is None
+    _, found = only(FMT, written(FMT, {MODULE: w}))
+    assert found.spec.group_size == size
+    assert torch.equal(found.dequantize(), w.dequantize())
 
 
 def test_a_folder_on_disk_opens(tmp_path: Path) -> None:
@@ -181,7 +191,7 @@ def test_fresh_files_of_the_library_decode_exactly(kind: str, double: bool, shap
 
 def test_the_library_reads_what_is_written() -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
-    w = quantize_rtn(torch.randn(8, 128), NF4)
+    w = quantize_rtn(torch.randn(8, 192), QuantSpec(4, 128, Grid.NF4, Zero.NONE))
     tensors = {k.removeprefix(f"{MODULE}.weight").lstrip("."): t for k, t in FMT.encode(MODULE, w).items()}
     data = tensors.pop("")
     quant_state = functional.QuantState.from_dict(tensors, device=torch.device("cpu"))

@@ -68,20 +68,22 @@ class BitsAndBytes(Format):
             return _decode_int8(source, entry) if entry.spec.bits == 8 else _decode_4bit(source, entry)
 
     def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
-        """NF4 and FP4 with float32 scales, in blocks that divide K."""
+        """NF4 and FP4 with float32 scales, where blocks of the library divide both groups and K.
+
+        Its blocks run on from row to row. Its quantizer and its kernels disagree about a K that they do not divide, so
+        a group is written as several smaller blocks instead.
+        """
         if spec.grid not in _GRIDS.values():
             return f"it writes codes of nf4 or fp4, not {spec.grid.value}"
         reason = shape_limits(spec, shape, (torch.float32,)) or weights_only(spec) or positional(spec)
-        size = shape[-1] if spec.group_size == PER_CHANNEL else spec.group_size
-        if reason is None and size not in BLOCKSIZES:
-            return f"its blocks have {listed(BLOCKSIZES)} values, not {size}"
-        if reason is None and shape[1] % size:
-            return f"its blocks of {size} run on from row to row, and K={shape[1]} is not a multiple of {size}"
+        if reason is None and _blocksize(spec, shape[1]) is None:
+            groups = "one scale per row" if spec.group_size == PER_CHANNEL else f"groups of {spec.group_size}"
+            return f"its blocks have {listed(BLOCKSIZES)} values, and none divides {groups} of K={shape[1]}"
         return reason
 
     def encode(self, name: str, w: QTensor) -> dict[str, Tensor]:
         """weight, absmax, quant_map and quant_state of one module."""
-        return {**_codes_and_map(name, w), **_absmax_and_state(name, w, w.scales.flatten(), {})}
+        return {**_codes_and_map(name, w), **_absmax_and_state(name, w, _scales(w), {})}
 
     def finish(self, specs: Mapping[str, QuantSpec], floats: Mapping[str, tuple[int, ...]]) -> dict[str, Json]:
         """The quantization_config as transformers writes it."""
@@ -94,7 +96,7 @@ def encode_double(name: str, w: QTensor) -> dict[str, Tensor]:
 
     This rounds the scales to 8 bits, so what `decode` reads back is another weight: whoever asks reports the error.
     """
-    scales = w.scales.flatten()
+    scales = _scales(w)
     offset = scales.mean()
     centred = torch.nn.functional.pad(scales - offset, (0, -len(scales) % _NESTED_BLOCK)).reshape(-1, _NESTED_BLOCK)
     absmax, codebook = centred.abs().amax(1), dynamic_map()
@@ -236,6 +238,19 @@ def _decode_int8(source: Source, entry: Entry) -> QTensor:
     return QTensor(entry.spec, codes, (source.read(f"{entry.name}.SCB") / 127).unsqueeze(-1))
 
 
+def _blocksize(spec: QuantSpec, k: int) -> int | None:
+    """The largest block of which both a group and a row are made, None where there is none."""
+    run = k if spec.group_size == PER_CHANNEL else gcd(k, spec.group_size)
+    return next((size for size in reversed(BLOCKSIZES) if run % size == 0), None)
+
+
+def _scales(w: QTensor) -> Tensor:
+    """The scale of every block, in the flattened weight's order."""
+    size = _blocksize(w.spec, w.k)
+    assert size is not None
+    return w.scales[:, w.group_of_k()[::size]].flatten()
+
+
 def _codes_and_map(name: str, w: QTensor) -> dict[str, Tensor]:
     return {
         f"{name}.weight": _swapped(bits.pack(w.codes.reshape(-1), 4)).unsqueeze(1),
@@ -251,7 +266,7 @@ def _swapped(data: Tensor) -> Tensor:
 def _absmax_and_state(name: str, w: QTensor, absmax: Tensor, nested: Json) -> dict[str, Tensor]:
     state: Json = {
         "quant_type": w.spec.grid.value,
-        "blocksize": w.k if w.spec.group_size == PER_CHANNEL else w.spec.group_size,
+        "blocksize": _blocksize(w.spec, w.k),
         "dtype": "bfloat16",  # what engines dequantize to; a weight here has no dtype of its own
         "shape": [w.n, w.k],
         **nested,
