@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import transload
@@ -109,7 +109,7 @@ class Case:
         return _planned(self.id)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _planned(case_id: str) -> Plan:
     case = next(c for c in CASES if c.id == case_id)
     return transload.plan(model(case.name), case.cluster, case.workload, recipe=case.recipe, **case.shape)
@@ -166,7 +166,16 @@ CASES = (
     Case("Qwen3-235B-A22B", "8xH100", "int4-g128", {"tp": 8, "ep": True}),
     Case("Qwen3-Next-80B-A3B", "4xH100", "bf16", {"tp": 4}),
     Case("Qwen3.5-397B-A17B", "8xH200", "int4-g128-experts", {"tp": 8}),
-    Case("GLM-4.5-Air", "4xH100", "bf16", {"tp": 4}),
+    Case("GLM-4.5-Air", "4xH100", "bf16", {"tp": 4}, workload={"speculative_tokens": 1}, tag="mtp"),
+    Case(
+        "Qwen3.5-397B-A17B",
+        "8xH200",
+        "int4-g128-experts",
+        {"tp": 8, "ep": True},
+        workload={"vision": False, "prefix_caching": False},
+        tag="text",
+    ),
+    Case("Qwen3-8B", "2xH100", "bf16", {"tp": 2}, workload={"kv_dtype": "int8"}, tag="kv-int8"),
     Case("MiniMax-M2.5", "8xH100", "fp8", {"tp": 4, "dp": 2, "ep": True}),
     Case("DeepSeek-V2-Lite", "2xA100", "bf16", {"tp": 2}),
     Case("DeepSeek-V3", "8xB200", "int4-g128", {"tp": 8, "dcp": 8}),

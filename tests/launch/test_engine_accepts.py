@@ -6,8 +6,8 @@ import json
 import os
 
 import pytest
-from launch.plans import CASES, Case, model
 
+from launch.plans import CASES, Case, model
 from transload.launch import EngineCommand, commands, live
 from transload.launch.live import Verdict
 from transload.launch.topology import instances

@@ -53,8 +53,8 @@ def argument(what: str, text: str) -> str:
 
 
 def api_port(instance: Instance, site: Site) -> int:
-    """The API's port: different for every instance of a plan, so that several can share a node."""
-    return site.port + instance.number
+    """The API's port: the first instance of a node has the site's, the others follow."""
+    return site.port + instance.slot
 
 
 def _command(instance: Instance, part: NodePart, model_path: str, name: str, site: Site) -> EngineCommand:
@@ -85,7 +85,7 @@ def _command(instance: Instance, part: NodePart, model_path: str, name: str, sit
 
 def _ray(instance: Instance, part: NodePart, site: Site) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(what a worker runs until it is stopped, what the head runs before it serves)."""
-    port = site.ray_port + instance.number
+    port = site.ray_port + instance.slot
     devices = {"cuda": ("--num-gpus", str(len(part.devices)))}.get(
         instance.plan.platform, ("--resources", f'{{"NPU": {len(part.devices)}}}')
     )

@@ -63,6 +63,9 @@ def _asks(setting: Setting, instance: Instance, part: NodePart) -> bool:
 
 def _service(setting: Setting, instance: Instance, part: NodePart, command: EngineCommand) -> dict[str, object]:
     path = setting.path(instance)
+    env = _network(setting, instance, part) | _dollars(container_env(command, instance, part))
+    if command.role == "head":
+        env["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
     service: dict[str, object] = {
         "image": image(instance, setting.site),
         "network_mode": "host",
@@ -70,10 +73,8 @@ def _service(setting: Setting, instance: Instance, part: NodePart, command: Engi
         "restart": "unless-stopped",
         "stop_grace_period": f"{STOP_SECONDS}s",
         "ulimits": {"memlock": -1, "stack": 67108864, "nofile": 1048576},
-        "environment": _network(setting, instance, part) | _dollars(container_env(command, instance, part)),
+        **({"environment": env} if env else {}),
     }
-    if not service["environment"]:
-        del service["environment"]
     volumes = [_mount(path)]
     if instance.plan.platform == "cuda":
         ids = [str(d) for d in sorted(part.devices)]

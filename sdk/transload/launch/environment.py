@@ -31,7 +31,7 @@ def environment(instance: Instance, part: NodePart, site: Site) -> dict[str, str
     if platform == "ascend":
         env |= _ascend(instance, site)
     if instance.shape == "ray":
-        env["RAY_ADDRESS"] = f"{site.address(instance.head)}:{site.ray_port + instance.number}"
+        env["RAY_ADDRESS"] = f"{site.address(instance.head)}:{site.ray_port + instance.slot}"
     if instance.plan.uneven:
         env["VLLM_PP_LAYER_PARTITION"] = ",".join(str(n) for n in instance.plan.cuts)
     return {**env, **site.env}
@@ -60,6 +60,9 @@ def _ascend(instance: Instance, site: Site) -> dict[str, str]:
         "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
         "TASK_QUEUE_ENABLE": "1",
     }
+    if len(instance.parts) > 1 and "910B" in instance.plan.device:
+        # Inside an A2 server ranks talk over its own links, between servers over the devices' network ports.
+        env |= {"HCCL_INTRA_PCIE_ENABLE": "1", "HCCL_INTRA_ROCE_ENABLE": "0"}
     if len(instance.parts) > 1:
         env["HCCL_CONNECT_TIMEOUT"] = "1800"  # nodes finish loading at different times; the default is 120 s
     if instance.shape == "ray":

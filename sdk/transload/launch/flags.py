@@ -7,7 +7,8 @@ import json
 from transload.launch.site import Site
 from transload.launch.topology import Instance, NodePart
 
-KV_DTYPES = {"fp8": "fp8", "int8": "int8"}  # bf16 is the engine's "auto"
+# bf16 is the engine's "auto". On Ascend an int8 cache comes with the checkpoint (C8), no argument asks for it.
+_KV_DTYPES = {("cuda", "int8"): "int8_per_token_head"} | {(p, "fp8"): "fp8" for p in ("cuda", "cpu", "ascend")}
 _FLOATS = ("bf16", "fp16", "fp32")
 
 
@@ -29,8 +30,16 @@ def serve_flags(instance: Instance, site: Site, served_name: str, port: int) -> 
     flags += ["--max-num-seqs", str(d.max_num_seqs)]
     flags += ["--max-num-batched-tokens", str(d.max_num_batched_tokens)]
     flags += _memory(instance)
-    if d.kv_cache_dtype in KV_DTYPES:
-        flags += ["--kv-cache-dtype", KV_DTYPES[d.kv_cache_dtype]]
+    dtype = _KV_DTYPES.get((d.platform, d.kv_cache_dtype))
+    if dtype is not None:
+        flags += ["--kv-cache-dtype", dtype]
+    if not d.prefix_caching:
+        flags.append("--no-enable-prefix-caching")
+    if not d.vision:
+        flags.append("--language-model-only")
+    if d.speculative_tokens:
+        speculative = {"method": "mtp", "num_speculative_tokens": d.speculative_tokens}
+        flags += ["--speculative-config", json.dumps(speculative)]
     if d.platform == "ascend":
         flags += _ascend(instance, site)
     return flags
@@ -63,14 +72,14 @@ def node_flags(instance: Instance, part: NodePart, site: Site) -> list[str]:
     if instance.shape == "native":
         flags = ["--distributed-executor-backend", "mp", "--nnodes", str(len(instance.parts))]
         flags += ["--node-rank", str(instance.parts.index(part))]
-        flags += ["--master-addr", address, "--master-port", str(site.master_port + instance.number)]
+        flags += ["--master-addr", address, "--master-port", str(site.master_port + instance.slot)]
         if instance.parallelism.dp > 1:
             flags += ["--data-parallel-address", address]
-            flags += ["--data-parallel-rpc-port", str(site.rpc_port + instance.number)]
+            flags += ["--data-parallel-rpc-port", str(site.rpc_port + instance.slot)]
         return flags if head else [*flags, "--headless"]
     if instance.shape == "dp":
         flags = ["--data-parallel-size-local", str(len(part.dp_ranks)), "--data-parallel-address", address]
-        flags += ["--data-parallel-rpc-port", str(site.rpc_port + instance.number)]
+        flags += ["--data-parallel-rpc-port", str(site.rpc_port + instance.slot)]
         # A start rank without --headless would give every node an API of its own.
         return flags if head else [*flags, "--data-parallel-start-rank", str(part.dp_ranks[0]), "--headless"]
     return []

@@ -175,7 +175,11 @@ def _router(setting: Setting, found: Sequence[Group]) -> str:
         "selector": {"matchLabels": labels},
         "template": {
             "metadata": {"labels": labels},
-            "spec": {"containers": [nginx], "volumes": [{"name": "config", "configMap": {"name": name}}]},
+            "spec": {
+                "automountServiceAccountToken": False,
+                "containers": [nginx],
+                "volumes": [{"name": "config", "configMap": {"name": name}}],
+            },
         },
     }
     items: list[object] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -10,8 +11,8 @@ from transload.launch.environment import INTERFACES, NETWORK, VISIBLE, environme
 from transload.launch.setting import Setting
 from transload.launch.shell import joined
 from transload.launch.topology import Instance
-from transload.launch.words import options
-from transload.launch.yamltext import Flow
+from transload.launch.words import options, slug
+from transload.launch.yamltext import Flow, remark
 
 LEADER, WORKER = "leader", "worker"
 INTERFACE = "eth0"  # of a pod's own network
@@ -33,7 +34,12 @@ def pod(container: dict[str, object], setting: Setting, instance: Instance) -> d
         *({"name": name, "mountPath": path, "readOnly": True} for name, path in hosted),
         {"name": "shm", "mountPath": "/dev/shm"},
     ]
-    return {"terminationGracePeriodSeconds": STOP_SECONDS, "containers": [container], "volumes": volumes}
+    return {
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": STOP_SECONDS,
+        "containers": [container],
+        "volumes": volumes,
+    }
 
 
 def container(
@@ -51,6 +57,8 @@ def container(
     if not out["env"]:
         del out["env"]
     if role != WORKER:
+        secret = {"name": f"{slug(setting.plan.model)}-env", "optional": True}
+        out |= {**remark("May hold VLLM_API_KEY."), "envFrom": [{"secretRef": secret}]}
         out["ports"] = [{"name": "http", "containerPort": port}]
     out["resources"] = _resources(instance)
     if role != WORKER:
@@ -84,9 +92,10 @@ def _place(setting: Setting, instance: Instance, role: str) -> list[str]:
             words += ["--data-parallel-address", address, "--data-parallel-rpc-port", str(site.rpc_port)]
         return words if head else [*words, "--headless"]
     local = len(instance.parts[0].dp_ranks)
+    first = '"$LWS_WORKER_INDEX"' if local == 1 else f'"$((LWS_WORKER_INDEX * {local}))"'
     words = ["--data-parallel-size-local", str(local), "--data-parallel-address", address]
     words += ["--data-parallel-rpc-port", str(site.rpc_port)]
-    return words if head else [*words, "--data-parallel-start-rank", f'"$((LWS_WORKER_INDEX * {local}))"', "--headless"]
+    return words if head else [*words, "--data-parallel-start-rank", first, "--headless"]
 
 
 def _env(setting: Setting, instance: Instance) -> list[object]:
@@ -124,5 +133,5 @@ def _probes(instance: Instance) -> dict[str, object]:
 
 
 def _literal(text: str) -> str:
-    """Text in which Kubernetes expands no $(VARIABLE)."""
-    return text.replace("$(", "$$(")
+    """Text in which Kubernetes expands no $(VARIABLE) and takes no $$ for a $."""
+    return re.sub(r"\$(?=[$(])", "$$", text)

@@ -94,7 +94,7 @@ def _listens(setting: Setting, instance: Instance) -> list[int]:
 
 def head_ports(setting: Setting, instance: Instance) -> list[tuple[int, str]]:
     """(port, what for) of a head's ports that other nodes must reach."""
-    site, n = setting.site, instance.number
+    site, n = setting.site, instance.slot
     ports = {
         "native": [(site.master_port + n, "torch rendezvous")],
         "dp": [(site.rpc_port + n, "data-parallel RPC")],

@@ -48,7 +48,13 @@ def text(setting: Setting, formats: Sequence[str], left_out: Mapping[str, str]) 
         "",
     ]
     lines += [f"- **{name}**: {_STARTS[name].format(directory=setting.site.directory)}" for name in formats]
-    lines += ["", "An engine is up when `GET /health` at its API answers 200.", *_ports(setting)]
+    lines += [
+        "",
+        "An engine is up when `GET /health` at its API answers 200. It serves whoever reaches the port unless "
+        "`VLLM_API_KEY` is set: in the environment, `/etc/default/transload`, `.env`, or the secret that Kubernetes files "
+        "name.",
+        *_ports(setting),
+    ]
     if left_out:
         lines += ["", "Not rendered:", "", *(f"- {name}: {one_line(why, 400)}" for name, why in left_out.items())]
     warnings = [f"- {one_line(w, 400)}" for w in plan.warnings]
@@ -57,7 +63,7 @@ def text(setting: Setting, formats: Sequence[str], left_out: Mapping[str, str]) 
 
 def _row(setting: Setting, instance: Instance) -> str:
     places = "; ".join(f"{part.node}: {numbers(part.devices)}" for part in instance.parts)
-    url = f"http://{setting.site.address(instance.head)}:{setting.site.port + instance.number}/v1"
+    url = f"http://{setting.site.address(instance.head)}:{setting.site.port + instance.slot}/v1"
     ports = ", ".join(f"{port} ({why})" for port, why in head_ports(setting, instance)) or "none"
     d = instance.plan
     return f"| engine-{instance.number}, {d.engine} | {places} | {shape_words(instance)} | {url} | {ports} |"

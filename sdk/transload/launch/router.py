@@ -37,7 +37,7 @@ def config(setting: Setting) -> str:
     """The configuration for engines on their nodes."""
     site = setting.site
     servers = [
-        (f"{_host(site.address(i.head))}:{site.port + i.number}", weight, engine_words(i))
+        (f"{_host(site.address(i.head))}:{site.port + i.slot}", weight, engine_words(i))
         for i, weight in zip(setting.instances, weights(setting.instances), strict=True)
     ]
     about = [
@@ -63,6 +63,7 @@ def _host(address: str) -> str:
 
 _TEMPLATE = """\
 worker_processes auto;
+worker_rlimit_nofile 16384;
 error_log /dev/stderr warn;
 pid /tmp/transload-router.pid;
 
@@ -106,7 +107,7 @@ http {
       proxy_read_timeout 3600s;
       proxy_send_timeout 3600s;
 
-      # A request goes to another engine only while none has begun to answer it.
+      # Requests are POSTs: another engine gets one only when it could not be sent to the first.
       proxy_next_upstream error timeout http_503;
       proxy_next_upstream_tries 3;
     }

@@ -43,6 +43,7 @@ def _unit(setting: Setting, instance: Instance, command: EngineCommand) -> str:
         "",
         "[Service]",
         "Type=exec",
+        "# Root unless a drop-in sets User=, which needs the devices' group (HwHiAiUser on Ascend) and the checkpoint.",
         "# VLLM=/path/to/vllm, PATH, HOST_IP, VLLM_API_KEY and whatever else this host needs.",
         "EnvironmentFile=-/etc/default/transload",
         f"ExecStart={script}",

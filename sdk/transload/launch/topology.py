@@ -27,9 +27,13 @@ class NodePart:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One engine: one API, one address. number counts all instances of a plan. parts[0] is the head."""
+    """One engine: one API, one address. parts[0] is the head.
+
+    number counts all instances of a plan, slot those whose head is on the same node.
+    """
 
     number: int
+    slot: int
     deployment: int
     replica: int
     plan: Deployment
@@ -64,7 +68,8 @@ def instances(plan: Plan, form: Form = "auto") -> tuple[Instance, ...]:
             _check_ranks(d, replica, deployment, own)
             parts = _parts(own)
             shape = _shape(deployment, parts, own, form)
-            found.append(Instance(len(found), d, replica, deployment, parts, shape))
+            slot = sum(other.head == parts[0].node for other in found)
+            found.append(Instance(len(found), slot, d, replica, deployment, parts, shape))
     if ranks:
         d, replica = next(iter(ranks))
         raise ConfigError(f"plan: ranks are given for deployment {d}, replica {replica}, which the plan does not have")

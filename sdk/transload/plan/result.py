@@ -81,6 +81,9 @@ class Deployment(_Value):
     max_num_batched_tokens: int
     kv_cache_dtype: str
     block_size: int
+    speculative_tokens: int = 0
+    prefix_caching: bool = True
+    vision: bool = True
     kv_blocks: int
     kv_tokens: int
     max_concurrency: float
