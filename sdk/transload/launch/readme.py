@@ -51,8 +51,8 @@ def text(setting: Setting, formats: Sequence[str], left_out: Mapping[str, str]) 
     lines += [
         "",
         "An engine is up when `GET /health` at its API answers 200. It serves whoever reaches the port unless "
-        "`VLLM_API_KEY` is set: in the environment, `/etc/default/transload`, `.env`, or the secret that Kubernetes files "
-        "name.",
+        "`VLLM_API_KEY` is set: in the environment, `/etc/default/transload`, `.env`, or the secret that the files for "
+        "Kubernetes name.",
         *_ports(setting),
     ]
     if left_out:
