@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "headers": {"errors"},
     "models": {"errors", "headers"},
     "formats": {"errors", "quant", "bits", "headers", "models"},
+    "layouts": {"errors", "quant", "headers", "models", "formats"},
     "plan": {"errors", "headers", "models"},
     "launch": {"errors", "plan", "__version__"},
 }

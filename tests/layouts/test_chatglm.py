@@ -118,6 +118,18 @@ def test_a_quantized_checkpoint_runs_and_is_ported_without_remote_code(target: s
     assert transload.verify(tmp_path / "remote", tmp_path / "native").equal
 
 
+def test_a_folder_as_autogptq_saves_it_is_loaded(tmp_path: Path) -> None:
+    want = chatglm.logits(quantized(tmp_path, "gptq", config()), config(), IDS)
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    declared = settings.pop("quantization_config")
+    kept = ("bits", "group_size", "desc_act", "sym")
+    old = {key: declared[key] for key in kept} | {"damp_percent": 0.01, "true_sequential": True}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(old))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert close(own_logits(tmp_path), want, W4A16)
+
+
 @pytest.mark.parametrize("target", [*SPECS, "fp32"])
 def test_a_round_trip_gives_the_same_bytes(target: str, tmp_path: Path) -> None:
     remote, native, again = tmp_path / "remote", tmp_path / "native", tmp_path / "again"
