@@ -64,6 +64,13 @@ class SafetensorsSource:
             raise Unsupported(f"{info.file}: tensor {shown(name)}: torch cannot hold {info.dtype} {info.shape}")
         return _read(info, _DTYPES[info.dtype], info.shape)
 
+    def read_expert(self, name: str, index: int) -> Tensor:
+        """One expert of a stored stack [E, ...], without reading the others. Raises FormatError like `read`."""
+        info = _expert(_find(self.infos, name, self.path), index)
+        if info.dtype not in _DTYPES:
+            raise Unsupported(f"{info.file}: tensor {shown(name)}: torch cannot hold {info.dtype} {info.shape}")
+        return _read(info, _DTYPES[info.dtype], info.shape)
+
     def json(self, name: str) -> Json | None:
         """A JSON object beside the weights, None where there is none."""
         file = self.folder / name
@@ -91,12 +98,7 @@ class GgufSource:
 
     def read_expert(self, name: str, index: int) -> Tensor:
         """One expert of a stored stack [E, N, K], without reading the others. Raises FormatError like `read`."""
-        info = _find(self.infos, name, self.path)
-        if len(info.shape) != 3 or not 0 <= index < info.shape[0]:
-            raise FormatError(f"{info.file}: tensor {shown(name)} {info.shape} has no expert {index}")
-        size = info.nbytes // info.shape[0]
-        start = info.start + index * size
-        return _read_gguf(replace(info, shape=info.shape[1:], start=start, end=start + size))
+        return _read_gguf(_expert(_find(self.infos, name, self.path), index))
 
     def json(self, name: str) -> Json | None:
         """None: a GGUF file stands alone."""
@@ -104,13 +106,17 @@ class GgufSource:
 
 
 def open_source(path: str | Path) -> Source:
-    """The stored tensors at a path: a .safetensors, .gguf or .onnx file, or a folder that holds one of the first two.
+    """The stored tensors at a path: a .safetensors, .gguf or .onnx file, or a folder with one of the first two.
+
+    A folder that has model.onnx and no safetensors is that model.
 
     Only headers, graphs and config.json are read. Raises FormatError as `headers.read_headers` does.
     """
     path = Path(path)
     if path.suffix == ".onnx" and path.is_file():
         return OnnxSource(path)
+    if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
+        return OnnxSource(path / "model.onnx")
     files = checkpoint_files(path)
     return GgufSource(files[0]) if is_gguf(files[0]) else SafetensorsSource(path)
 
@@ -119,6 +125,15 @@ def _find(infos: Mapping[str, TensorInfo], name: str, path: Path) -> TensorInfo:
     if name not in infos:
         raise FormatError(f"{path}: no tensor {shown(name)}")
     return infos[name]
+
+
+def _expert(info: TensorInfo, index: int) -> TensorInfo:
+    """Where one expert of a stack lies."""
+    if len(info.shape) < 3 or not 0 <= index < info.shape[0]:
+        raise FormatError(f"{info.file}: tensor {shown(info.name)} {info.shape} has no expert {index}")
+    size = info.nbytes // info.shape[0]
+    start = info.start + index * size
+    return replace(info, shape=info.shape[1:], start=start, end=start + size)
 
 
 def _read_gguf(info: TensorInfo) -> Tensor:

@@ -329,3 +329,26 @@ def test_a_broken_source_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"up_proj.*NaN"):
         transload.port(source, tmp_path / "b", "gptq")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.parametrize("to", ["transload", "bf16"])
+def test_a_stack_that_stays_one_tensor_is_moved_expert_by_expert(
+    to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transload.formats.mx import GptOss
+
+    name, g = "model.layers.0.mlp.experts.gate_up_proj", torch.Generator().manual_seed(0)
+    stack = {
+        f"{name}_blocks": torch.randint(0, 256, (4, 64, 2, 16), dtype=torch.uint8, generator=g),
+        f"{name}_scales": torch.randint(120, 130, (4, 64, 2), dtype=torch.uint8, generator=g),
+    }
+    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    source = MemorySource(stack | FLOATS, config).save(tmp_path / "a")
+    whole = transload.open(source)[name]
+    monkeypatch.setattr(GptOss, "decode", None)  # what would hold a byte for every code of the stack
+    report = transload.port(source, tmp_path / "b", to)
+    assert report.exact
+    found = transload.open(tmp_path / "b")[name]
+    assert isinstance(whole, QTensor)
+    assert torch.equal(found.dequantize() if isinstance(found, QTensor) else found.float(), whole.dequantize())
+    assert transload.verify(source, tmp_path / "b").equal

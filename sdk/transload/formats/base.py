@@ -95,6 +95,10 @@ class Format(ABC):
 
     def experts(self, source: Source, entry: Entry) -> Iterator[QTensor | Tensor]:
         """The experts of a stacked entry [E, N, K], one after another, decoded or read."""
+        read_expert = getattr(source, "read_expert", None)
+        if read_expert is not None and entry.spec is None and type(self).read is Format.read:
+            yield from (read_expert(entry.tensors[0], e) for e in range(entry.shape[0]))
+            return
         whole = self.read(source, entry) if entry.spec is None else self.decode(source, entry)
         for e in range(entry.shape[0]):
             yield whole.expert(e) if isinstance(whole, QTensor) else whole[e].contiguous()

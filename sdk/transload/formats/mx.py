@@ -14,6 +14,7 @@ two are whole numbers, so `transload.rewrite` turns these weights into int8 exac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -48,6 +49,17 @@ class GptOss(Format):
         with naming(source, entry):
             codes = bits.unpack(source.read(f"{entry.name}_blocks"), 4, 32).reshape(entry.shape)
             return QTensor(MX, codes, powers_of_two(source.read(f"{entry.name}_scales")))
+
+    def experts(self, source: Source, entry: Entry) -> Iterator[QTensor | Tensor]:
+        """The experts one by one: a whole stack in a byte per code would be the largest thing in memory by far."""
+        if entry.spec is None:
+            yield from super().experts(source, entry)
+            return
+        for e in range(entry.shape[0]):
+            with naming(source, entry):
+                codes = bits.unpack(stored.expert(source, f"{entry.name}_blocks", e), 4, 32).reshape(entry.shape[1:])
+                w = QTensor(MX, codes, powers_of_two(stored.expert(source, f"{entry.name}_scales", e)))
+            yield w
 
 
 class ModelOpt(Format):

@@ -14,7 +14,7 @@ in config.json holds one scheme for most modules and names the modules of every 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from transload import bits
 from transload.errors import ConfigError, FormatError
 from transload.formats.base import Entry, Format, Json, Source, naming
 from transload.formats.plain import declared_quantization, float_entry
+from transload.formats.stored import expert as read_expert
 from transload.headers import TensorInfo
 from transload.headers.info import shown
 from transload.quant import SCALE_DTYPES, ActSpec, Grid, QTensor, QuantSpec, Zero
@@ -66,6 +67,19 @@ class Neutral(Format):
             parts = {part: source.read(name) for part, name in stored.items() if part != "shape"}
             codes = bits.unpack(parts.pop("codes"), entry.spec.bits, entry.shape[-1])
             return QTensor(entry.spec, codes, **parts)
+
+    def experts(self, source: Source, entry: Entry) -> Iterator[QTensor | Tensor]:
+        """The experts of a stack, each read from its own place."""
+        if entry.spec is None or entry.spec.act_order:
+            yield from super().experts(source, entry)
+            return
+        stored = {name.rpartition(".")[2]: name for name in entry.tensors if not name.endswith(".shape")}
+        for e in range(entry.shape[0]):
+            with naming(source, entry):
+                parts = {part: read_expert(source, name, e) for part, name in stored.items()}
+                codes = bits.unpack(parts.pop("codes"), entry.spec.bits, entry.shape[-1])
+                w = QTensor(entry.spec, codes, **parts)
+            yield w
 
     def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
         """None: every QTensor fits."""

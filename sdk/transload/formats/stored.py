@@ -133,6 +133,12 @@ def group_size(
     return value
 
 
+def expert(source: Source, name: str, index: int) -> Tensor:
+    """One expert of a stored stack [E, ...], alone in memory where the source can read it alone."""
+    read = getattr(source, "read_expert", None)
+    return source.read(name)[index] if read is None else read(name, index)
+
+
 def all_equal(t: Tensor, value: float) -> bool:
     """True when every element is `value`."""
     return bool((t == value).all())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from transload.formats.activations import keep_cache_scheme
 from transload.formats.base import Json
 from transload.formats.plain import Plain
 from transload.porting.container import Container
+from transload.porting.moving import experts_of
 from transload.porting.plan import PortPlan
-from transload.writer import Layout, Writer, lay_out
+from transload.writer import Layout, Slot, Writer, lay_out
 
 _QUANTIZATION = ("quantization_config", "compression_config")
 
@@ -18,8 +20,14 @@ class Folder(Container):
     """Shards of safetensors, with the files of a Hugging Face model."""
 
     def layout(self) -> Layout:
-        """Shards in the source's order."""
-        return lay_out(self.plan.layout())
+        """Shards in the source's order; a stack of experts that stays one tensor has a slot for each of them."""
+        whole = lay_out(self.plan.layout())
+        slots = dict(whole.slots)
+        for step in self.plan.steps:
+            for name in step.outputs[0].tensors if experts_of(step) else ():
+                if slots[name].nbytes:
+                    slots |= _experts(name, slots.pop(name))
+        return replace(whole, slots=slots)
 
     def write_files(self, writer: Writer) -> tuple[str, ...]:
         """config.json, the format's own descriptions, tokenizer and settings; files of the source are copied."""
@@ -48,6 +56,16 @@ class Folder(Container):
         code = [file.name for file in self.source.custom_code()]
         if code:
             yield f"code beside the weights was not copied: {', '.join(code)}"
+
+
+def _experts(name: str, slot: Slot) -> dict[str, Slot]:
+    """The slots of the experts in a stack, as `name[e]`."""
+    count, *shape = slot.shape
+    size = slot.nbytes // count
+    return {
+        f"{name}[{e}]": Slot(slot.file, slot.start + e * size, size, slot.dtype, tuple(shape), name, e * size)
+        for e in range(count)
+    }
 
 
 def _float_linears(plan: PortPlan) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import prod
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from transload.headers import TensorInfo
 from transload.porting.calibrated import left_out_notes
 from transload.porting.container import Container
 from transload.porting.fingerprint import fingerprint, stored_fingerprint
-from transload.porting.moving import Value, encoded, moved, packed_values, values
+from transload.porting.moving import Value, encoded, experts_of, moved, packed_values, together, values
 from transload.porting.plan import Action, Output, Step
 from transload.porting.report import Moved, PortReport, engine_answers, words
 from transload.porting.stream import Ahead, Behind, Budget
@@ -37,7 +38,7 @@ class Job:
     def __init__(self, container: Container, progress: Progress) -> None:
         self.container, self._progress = container, progress
         self.source, self.plan = container.source, container.plan
-        self._differences: dict[str, Difference | None] = {}
+        self._differences: dict[str, list[Difference | None]] = {}  # several for a stack that stays one tensor
         self._written: dict[str, bytes] = {}  # fingerprint of every stored tensor
         self._files: tuple[str, ...] = ()
         self._read_bytes = sum(step.entry.stored_bytes for step in self.plan.steps)
@@ -48,11 +49,12 @@ class Job:
         """Weights, then what lies beside them."""
         budget = Budget(_IN_FLIGHT)
         with Behind(budget.close) as behind, Ahead(self._decoded(budget), budget) as decoded:
-            for output, value, share in decoded:
+            for output, expert, value, share, cost in decoded:
                 self._tell(output.name)
-                new, self._differences[output.name] = moved(value, output)
+                new, apart = moved(value, output)
+                self._differences.setdefault(output.name, []).append(apart)
                 tensors = encoded(new, output, self.plan.format)
-                behind.submit(partial(self._store, writer, tensors, partial(budget.release, _cost(output))))
+                behind.submit(partial(self._store, writer, tensors, expert, partial(budget.release, cost)))
                 self._done += share
                 del value, new, tensors  # not kept while the next module is made
         for name, tensor in self.container.extras().items():
@@ -77,7 +79,9 @@ class Job:
                 self._tell(f"comparing {name}")
         read_back = Reader(found)
         for step, output, value in self._one_of_each_kind():
-            self._compare_decoded(found, read_back(there[_full_name(output)]), step, output, value)
+            entry, expert = there[_full_name(output)]
+            first = 0 if experts_of(step) else expert
+            self._compare_decoded(found, read_back((entry, first)), step, output, value)
         self._progress(self._done, self._done, "done")
 
     def report(self, seconds: float) -> PortReport:
@@ -94,7 +98,7 @@ class Job:
                     str(step.entry.spec or step.entry.dtype),
                     words(o),
                     o.action.value,
-                    self._differences[o.name],
+                    together(self._differences[o.name]),
                     step.entry.stored_bytes // len(step.outputs),
                     o.nbytes,
                 )
@@ -112,18 +116,28 @@ class Job:
     def _tell(self, what: str) -> None:
         self._progress(self._done, self._read_bytes + self._made_bytes, what)
 
-    def _decoded(self, budget: Budget) -> Iterator[tuple[Output, Value, int]]:
-        """Every output with what it is made of and its share of the bytes that are read."""
+    def _decoded(self, budget: Budget) -> Iterator[tuple[Output, int | None, Value, int, int]]:
+        """Every output, or every expert of one, with what it is made of, its share of the bytes read, and its cost."""
         for step in self.plan.steps:
-            source = packed_values(self.source, step)
-            for output in step.outputs:
-                if not budget.acquire(_cost(output)):
+            source, count = packed_values(self.source, step), experts_of(step)
+            experts = range(count) if count else (None,)
+            for output, expert in product(step.outputs, experts):
+                cost = _cost(output) // len(experts)
+                if not budget.acquire(cost):
                     return
-                yield output, next(source), step.entry.stored_bytes // len(step.outputs)
+                yield output, expert, next(source), step.entry.stored_bytes // len(step.outputs) // len(experts), cost
 
-    def _store(self, writer: Writer, tensors: Mapping[str, Tensor], done: Callable[[], None]) -> None:
+    def _store(
+        self, writer: Writer, tensors: Mapping[str, Tensor], expert: int | None, done: Callable[[], None]
+    ) -> None:
         for name, tensor in tensors.items():
-            self._add(writer, name, self.container.stored(name, tensor))
+            stored = self.container.stored(name, tensor)
+            if expert is None:
+                self._add(writer, name, stored)
+            elif tensor.numel():
+                self._add(writer, f"{name}[{expert}]", stored)
+            elif expert == 0:  # a marker without data, whose shape counts the experts
+                self._add(writer, name, stored.new_empty(writer.layout.slots[name].shape))
         done()
 
     def _add(self, writer: Writer, name: str, tensor: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,10 +23,17 @@ _SLAB = 1 << 22  # values dequantized at a time
 Value = QTensor | PackedRows | Tensor
 
 
+def experts_of(step: Step) -> int:
+    """The number of experts in a stack that stays one tensor and is still moved expert by expert; 0 for other steps."""
+    entry, output = step.entry, step.outputs[0]
+    stays = len(entry.shape) == 3 and ".experts." in entry.name and output.expert is None
+    return entry.shape[0] if stays and not (entry.spec is not None and entry.spec.act_order) else 0
+
+
 def values(source: Checkpoint, step: Step) -> Iterator[QTensor | Tensor]:
     """What the outputs of a step are made of, one in memory at a time."""
     entry = step.entry
-    if step.outputs and step.outputs[0].expert is not None:
+    if step.outputs and (step.outputs[0].expert is not None or experts_of(step)):
         yield from source.experts(entry)
     else:
         yield source.read(entry) if entry.spec is None else source.decode(entry)
@@ -35,7 +43,8 @@ def packed_values(source: Checkpoint, step: Step) -> Iterator[Value]:
     """The same; a module that keeps its scheme may come with its codes still in words."""
     entry, output = step.entry, step.outputs[0]
     same = entry.spec is not None and output.action is Action.REPACK and output.spec == entry.spec
-    rows = source.format.packed(source.source, entry) if same and output.expert is None else None
+    whole = output.expert is None and not experts_of(step)
+    rows = source.format.packed(source.source, entry) if same and whole else None
     if rows is None:
         yield from values(source, step)
     else:
@@ -76,3 +85,17 @@ def _as_floats(w: QTensor, dtype: torch.dtype) -> tuple[Tensor, Difference | Non
         return weight, None
     apart = difference(w, weight)
     return weight, apart if apart.max_error else None
+
+
+def together(apart: Sequence[Difference | None]) -> Difference | None:
+    """How far a stack moved whose experts, all of one size, moved so far each; decibels over those that moved."""
+    moved_far = [d for d in apart if d is not None and d.rms_error]
+    if not moved_far:
+        return None
+    errors = sum(d.rms_error**2 for d in moved_far)
+    signal = sum(d.rms_error**2 * 10 ** (d.sqnr_db / 10) for d in moved_far)
+    return Difference(
+        max(d.max_error for d in moved_far),
+        math.sqrt(errors / len(apart)),
+        10 * math.log10(signal / errors) if signal else -math.inf,
+    )

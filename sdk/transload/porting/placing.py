@@ -170,8 +170,12 @@ def _depth(source: Checkpoint) -> int:
 def _encoded(format: Format, spec: QuantSpec, shape: tuple[int, ...], name: str) -> Layout:
     """The tensors that `encode` gives, names after the module's, found by encoding zeros.
 
-    Tensors without data would do, but their first use in torch imports its compiler, which takes seconds.
+    Tensors without data would do, but their first use in torch imports its compiler, which takes seconds. One expert
+    stands for a stack.
     """
+    if len(shape) == 3 and shape[0] > 1:
+        one = _encoded(format, spec, (1, *shape[1:]), name)
+        return {part: (dtype, _stacked(dims, shape[0])) for part, (dtype, dims) in one.items()}
     side = (*shape[:-1], spec.groups(shape[-1]))
     zero_dtype = {Zero.CODES: torch.uint8, Zero.FLOATS: spec.scale_dtype}.get(spec.zero)
     zeros = QTensor(
@@ -184,3 +188,9 @@ def _encoded(format: Format, spec: QuantSpec, shape: tuple[int, ...], name: str)
     )
     tensors = format.encode(name, zeros)
     return {full.removeprefix(name): (t.dtype, tuple(t.shape)) for full, t in tensors.items()}
+
+
+def _stacked(dims: tuple[int, ...], experts: int) -> tuple[int, ...]:
+    """A shape with the number of experts where one expert's has its first 1; behind a 0 in markers without data."""
+    lead = dims[:1] if dims[:2] == (0, 1) else ()
+    return (*lead, experts, *dims[len(lead) + 1 :])
