@@ -98,18 +98,19 @@ def fitted(config: Config, ask: Ask) -> Config:
     return config
 
 
+FEW_ROWS = ((32, 128, 2), (64, 64, 2), (64, 128, 2), (64, 128, 4), (128, 128, 2), (128, 128, 4))  # n, k, warps
+MANY_ROWS = ((64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8))
+
+
 def candidates(ask: Ask) -> tuple[Config, ...]:
-    """What `tune` tries: every one of them compiles and fits."""
-    rows = sorted({min(ask.bucket, 128), min(ask.bucket, 64), min(ask.bucket, 16) if ask.bucket <= 32 else 32})
+    """What `tune` tries, some thirty: every one of them fits."""
+    few, usual = ask.bucket <= 32, default(ask).splits
     found = {
         fitted(Config(m, n, k, warps, stages, splits), ask): None
-        for m in rows
-        for n in (32, 64, 128)
-        for k in (32, 64, 128)
-        for warps in (2, 4, 8)
-        for stages in (3, 4, 5)
-        for splits in ((1, 2, 4, 8) if ask.bucket <= 32 else (1,))
-        if m * n >= 128 * warps  # an eighth of a warp's smallest accumulator would stand idle below
+        for n, k, warps in (FEW_ROWS if few else MANY_ROWS)
+        for m in ((ask.bucket,) if few else sorted({64, min(ask.bucket, 128)}))
+        for stages in (3, 4)
+        for splits in (sorted({max(1, usual // 2), usual, 2 * usual}) if few else (1,))
     }
     return tuple(found)
 
@@ -159,3 +160,13 @@ def remember(device_name: str, key: str, config: Config) -> Path:
     draft.replace(path)
     tuned.cache_clear()
     return path
+
+
+def as_measured(device_name: str) -> str:
+    """The findings of `tune` for a device as an entry of `measured.MEASURED`.
+
+    >>> as_measured("no such device")
+    '    "no such device": {\\n    },\\n'
+    """
+    lines = [f'        "{key}": {tuple(asdict(found).values())},' for key, found in sorted(tuned(device_name).items())]
+    return "\n".join((f'    "{device_name}": {{', *lines, "    },", ""))

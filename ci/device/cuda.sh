@@ -1,23 +1,34 @@
 #!/bin/sh
-# Everything that is to be measured on an NVIDIA GPU: every conformance case, then the benchmark and its targets.
-# Needs python with torch, triton and pytest; transload itself need not be installed: ci/device/cuda.sh [PYTHON] [OUT]
-# Without a GPU, `ci/device/cuda.sh --interpret [PYTHON] [OUT]` walks through the same steps on tiny shapes.
+# Everything that is to be proved and measured on an NVIDIA GPU, in three steps of at most ten minutes:
+#   ci/device/cuda.sh tests [PYTHON] [OUT]    every test of the backend on the GPU: conformance, models, graphs
+#   ci/device/cuda.sh tune  [PYTHON] [OUT]    searches configurations; OUT/measured.txt goes into measured.py
+#   ci/device/cuda.sh bench [PYTHON] [OUT]    the benchmark and its targets; OUT/bench.md goes into docs/benchmarks.md
+# PYTHON needs torch, triton and pytest; transload itself need not be installed. OUT is build/device by default.
+# Without a GPU, `ci/device/cuda.sh --interpret STEP ...` walks through the same steps on tiny shapes.
 set -eu
 cd "$(dirname "$0")/../.."
 mode=device
 if [ "${1:-}" = --interpret ]; then mode=interpreter; shift; fi
-python=${1:-python3} out=${2:-${OUT:-build/device}}
+step=${1:-} python=${2:-python3} out=${3:-${OUT:-build/device}}
+minutes=${TRANSLOAD_MINUTES:-8.5}
 mkdir -p "$out"
-PYTHONPATH=$PWD/sdk:$PWD/backends:$PWD/ci/device${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONPATH TRANSLOAD_CUDA=$mode
+PYTHONPATH=$PWD/sdk:$PWD/backends${PYTHONPATH:+:$PYTHONPATH}
+TRANSLOAD_CACHE=${TRANSLOAD_CACHE:-$PWD/$out/cache}
+export PYTHONPATH TRANSLOAD_CACHE TRANSLOAD_CUDA=$mode
+dry= some=
 if [ $mode = interpreter ]; then
-  TRITON_INTERPRET=1; export TRITON_INTERPRET
-  "$python" -m pytest tests/cuda/on_gpu -q -p no:cacheprovider -k "test_gpu_kernels or experts" --junitxml="$out/conformance.xml"
-  exec "$python" ci/device/cuda_bench.py --out "$out" --interpret
+  TRITON_INTERPRET=1 dry=--interpret some="-k counts"; export TRITON_INTERPRET
+else
+  if "$python" -c "import xdist" 2>/dev/null; then some="-n 8"; fi # kernels compile in parallel
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.txt"
 fi
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.txt"
-status=0
-"$python" -m pytest tests/cuda/on_gpu -q -p no:cacheprovider --junitxml="$out/conformance.xml" > "$out/conformance.txt" 2>&1 || status=$?
-tail -n 40 "$out/conformance.txt"
-"$python" ci/device/cuda_bench.py --out "$out" ${TRANSLOAD_BENCH:-}
-exit $status
+case $step in
+  tests)
+    status=0
+    "$python" -m pytest tests/cuda/on_gpu -q -p no:cacheprovider $some --junitxml="$out/tests.xml" > "$out/tests.txt" 2>&1 || status=$?
+    tail -n 40 "$out/tests.txt"
+    exit $status ;;
+  tune) exec "$python" ci/device/cuda_bench.py --out "$out" --minutes "$minutes" --tune $dry ;;
+  bench) exec "$python" ci/device/cuda_bench.py --out "$out" --minutes "$minutes" $dry ;;
+  *) echo "give a step: tests, tune or bench" >&2; exit 2 ;;
+esac

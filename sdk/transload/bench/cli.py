@@ -40,18 +40,33 @@ def matmul(
     json: Annotated[Path | None, typer.Option(help="Write one JSON object a case.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a table for a document.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="On a GPU: begin nothing new after so long.")] = None,
 ) -> None:
     """Multiplies 4-bit weights: microseconds, relative error, and the ratio to the best peer of the same scheme."""
     from rich.console import Console
 
     from transload.bench import cases, matmul, report
+    from transload.bench.gpu_clock import Machine
     from transload.bench.limits import measure
+    from transload.errors import ConfigError
     from transload.hal import find_device
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=132)
     backend, found = find_device(device)
+    kind = backend.torch_device(found).type
+    if kind == "cuda":
+        from transload.bench import gpu_cli
+
+        if env or threads != 1 or clock != "wall":
+            raise ConfigError("--env, --threads and --clock are for processors; a GPU is timed by its own clock")
+        plan = gpu_cli.plan(shape, rows, group, scheme, peers, minutes)
+        machine = Machine(found, backend.torch_device(found), tuple(backend.kernels), replays=rounds)
+        gpu_cli.measure(plan, machine, gpu_cli.Files(csv, json, markdown, plot), typer.echo)
+        return
+    if kind != "cpu":
+        raise ConfigError(f"device '{device}': this command measures cpu and cuda; ci/device holds scripts for others")
     shapes = [cases.parse_shape(s) for s in shape or ()] or [*cases.SHAPES, cases.EXPERTS]
     chosen = list(cases.cases(shapes, rows or cases.ROWS, group or cases.GROUPS, scheme or cases.SCHEMES))
     rates = measure(threads) if limits and backend.name == "cpu" else None
