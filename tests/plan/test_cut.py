@@ -110,6 +110,18 @@ def test_the_best_cut_equals_cp_sat(seed: int) -> None:
     assert (found.blocks if found else -1) == _cp_sat(chain, capacity)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_deep_models_on_unequal_stages_equal_cp_sat(seed: int) -> None:
+    rng = random.Random(3000 + seed)
+    layers, stages = rng.randint(40, 61), rng.randint(4, 8)
+    chain = _random_chain(rng, layers)
+    average = (sum(chain.weights) + 40 * sum(chain.block)) // stages
+    capacity = tuple(rng.randint(average // 2, average * 3 // 2) for _ in range(stages))
+    found = best_cut(chain, capacity)
+    assert found is not None
+    assert found.blocks == _cp_sat(chain, capacity)
+
+
 def test_a_small_card_gets_fewer_layers() -> None:
     chain = Chain((10,) * 12, (1,) * 12, first=5, last=5)
     found = best_order(chain, (100, 50), (1, 1))

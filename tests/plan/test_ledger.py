@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from transload.models.info import read_model
-from transload.plan.ledger import Ledger
+from transload.plan.ledger import Ledger, weight_bytes
 from transload.plan.model import build_model
 from transload.plan.modules import Part
 from transload.plan.recipes import recipe_by_name, recipe_from_config
 from transload.plan.shapes import Shape, even_cuts
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "plan" / "vllm_parameters.json").read_text())
+_FILES = [Path(__file__).parents[1] / "golden" / "plan" / f"vllm_parameters{part}.json" for part in ("", "_more")]
+_READ = [json.loads(file.read_text()) for file in _FILES]
+GOLDEN = {"configs": _READ[0]["configs"] | _READ[1]["configs"], "rows": _READ[0]["rows"] + _READ[1]["rows"]}
 
 
 def _rank_bytes(name: str, shape: Shape, rank: int) -> int:
@@ -24,7 +26,14 @@ def _rank_bytes(name: str, shape: Shape, rank: int) -> int:
     cuts = even_cuts(info.layers, shape.pp)
     start = sum(cuts[:stage])
     experts = shape.experts_on(dp_rank * shape.tp + rank % shape.tp, info.experts.count) if info.experts else 0
-    parts = Ledger(model, "cpu").stage(shape, start, start + cuts[stage], experts, speculation=False)
+    ledger = Ledger(model, "cpu")
+    if name.endswith(" drafter"):
+        without = ledger.stage(shape, start, start + cuts[stage], experts, speculation=False)
+        both = ledger.stage(shape, start, start + cuts[stage], experts, speculation=True)
+        absorbed = next((w for w in model.mtp if w.module.name == ""), None)
+        copies = weight_bytes(absorbed, shape.tp, 1, "cpu").total if absorbed else 0
+        return both[Part.MTP].total - copies - sum(p.total for part, p in without.items() if part is Part.MTP)
+    parts = ledger.stage(shape, start, start + cuts[stage], experts, speculation=False)
     parts.pop(Part.ABSORBED, None)  # built after loading
     if "+" in name and name.startswith("Qwen3-30B"):
         parts.pop(Part.ROUTER, None)  # see the golden folder's README

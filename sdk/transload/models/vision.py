@@ -14,7 +14,8 @@ class Vision:
 
     patch: numbers in one patch (channels x frames x height x width). positions: rows of the position table.
     merged: width of the merged patches that enter the projector. out: width of the language model.
-    final_norm: the tower ends with a LayerNorm of its own. prefix: how the checkpoint calls the tower.
+    final_norm: the tower ends with a LayerNorm of its own. whole_projector: every rank has all of the projector.
+    prefix: how the checkpoint calls the tower.
     """
 
     depth: int
@@ -26,6 +27,7 @@ class Vision:
     merged: int
     out: int
     final_norm: bool
+    whole_projector: bool
     prefix: str
 
 
@@ -55,6 +57,7 @@ def _qwen(f: Fields) -> Vision:
         merged=hidden * f.count("spatial_merge_size", default=2) ** 2,
         out=f.count("out_hidden_size"),
         final_norm=False,
+        whole_projector=False,
         prefix="model.visual",
     )
 
@@ -72,5 +75,6 @@ def _kimi(f: Fields) -> Vision:
         merged=hidden * merge[0] * merge[-1],
         out=f.count("text_hidden_size", "hidden_size"),
         final_norm=True,
+        whole_projector=True,
         prefix="vision_tower",
     )

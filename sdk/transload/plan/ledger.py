@@ -19,6 +19,7 @@ REPEATED: Mapping[str, tuple[Part, ...]] = {
     "qwen3_moe": (Part.EMBEDDING, Part.NORM, Part.HEAD),
     "qwen3_next": (Part.EMBEDDING, Part.HEAD),
     "qwen3_5": (Part.EMBEDDING, Part.VISION),
+    "deepseek": (Part.VISION,),
 }
 
 PartBytes = dict[Part, Parts]
@@ -47,7 +48,7 @@ def weight_bytes(weight: Weight, ways: int, experts: int, platform: str) -> Part
     """Bytes of one weight (all `experts` local copies of it) on one of `ways` ranks. A bias has the width of bf16."""
     module = weight.module
     n, k = piece(module, ways)
-    one = held(weight.scheme, n, k, platform, module.part is Part.EXPERTS)
+    one = held(weight.scheme, n, k, platform, module.experts > 1)
     if module.bias:
         one = one.plus(Parts(side=2 * n))
     return one.times(experts if module.experts > 1 else 1)
@@ -131,7 +132,7 @@ def ways_of(module: Module, shape: Shape, whole: bool) -> int:
     """How many ranks share one weight: experts flatten TP over DP, or stay whole under EP; whole: `shared_whole`."""
     if module.experts > 1:
         return 1 if shape.ep else shape.expert_ranks
-    if module.part is Part.SHARED and whole and shape.sequence_parallel_experts:
+    if (module.part is Part.SHARED or ".shared_expert" in module.name) and whole and shape.sequence_parallel_experts:
         return 1
     return shape.tp
 

@@ -206,14 +206,17 @@ def _sparse(m: ModelInfo) -> tuple[Module, ...]:
 
 
 def mtp_modules(m: ModelInfo) -> tuple[Module, ...]:
-    """The weights of one multi-token-prediction layer: a projection of two hidden states and a decoder layer.
+    """The weights of one multi-token-prediction layer: a projection of two hidden states, norms and a decoder layer.
 
-    The layer is of the last kind that caches tokens. Embedding and head are shared with the model.
+    The layer is of the last kind that caches tokens. Embedding and head are shared with the model. vLLM cuts Qwen's
+    projection like a linear; that of the DeepSeek and GLM families is whole and never quantized (plain nn.Linear).
     """
     last = next(i for i in reversed(range(m.layers)) if m.attention[i] not in (Attention.GDN, Attention.LIGHTNING))
     body = tuple(replace(x, part=Part.MTP) for x in layer_modules(m, last))
     norms = tuple(vector(name, Part.MTP, m.hidden) for name in ("enorm", "hnorm", "shared_head.norm"))
-    return (Module("eh_proj", Part.MTP, m.hidden, 2 * m.hidden), *norms, *body)
+    qwen = m.family in ("qwen3_next", "qwen3_5")
+    cut = Cut.ROWS if qwen else Cut.WHOLE
+    return (Module("eh_proj", Part.MTP, m.hidden, 2 * m.hidden, cut, quantizable=qwen), *norms, *body)
 
 
 def end_modules(m: ModelInfo) -> tuple[Module, Module, Module]:
@@ -242,8 +245,8 @@ def vision_modules(m: ModelInfo) -> tuple[Module, ...]:
         Module("patch_embed", part, h, v.patch, bias=True, quantizable=False),
         vector("positions", part, v.positions * h),
         vector("projector norm", part, 2 * h),
-        Module("projector in", part, v.merged, v.merged, Cut.ROWS, 0, True, False),
-        Module("projector out", part, v.out, v.merged, Cut.COLUMNS, 0, True, False),
+        Module("projector in", part, v.merged, v.merged, Cut.WHOLE if v.whole_projector else Cut.ROWS, 0, True, False),
+        Module("projector out", part, v.out, v.merged, Cut.WHOLE if v.whole_projector else Cut.COLUMNS, 0, True, False),
     )
     final = (vector("final norm", part, 2 * h),) if v.final_norm else ()
     return block * v.depth + ends + final
