@@ -57,6 +57,11 @@ class Handler(BaseHTTPRequestHandler):
             active -= 1
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
 def say(lines: str) -> None:
     for line in lines.splitlines():
         print(line, flush=True)
@@ -84,8 +89,7 @@ def main() -> None:
         sys.exit(given.get("code", 1))
     server = None
     if "--headless" not in sys.argv:
-        server = ThreadingHTTPServer((option("--host", ""), int(option("--port", "8000"))), Handler)
-        server.daemon_threads = True
+        server = Server((option("--host", ""), int(option("--port", "8000"))), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
     while not stop.wait(0.05):
         pass
