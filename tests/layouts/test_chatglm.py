@@ -301,3 +301,23 @@ def test_the_stored_layout_says_that_another_exists(tmp_path: Path) -> None:
     assert any("--layout native" in note for note in checkpoint.notes())
     assert any("--layout native" in note for note in transload.inspect(tmp_path).notes)
     assert "transformer.output_layer" in checkpoint
+
+
+def test_a_layout_is_quantized_through_the_native_class(tmp_path: Path) -> None:
+    source = chatglm.write(tmp_path / "remote", chatglm.weights(config()), config())
+    (tmp_path / "recipe.yaml").write_text(
+        "{name: small, rules: [{modules: ['*'], scheme: int8-g32}], calibration: {tokens: 32}}"
+    )
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    settings = {"to": "compressed-tensors", "calibration": tmp_path / "text.txt", "tokenizer": _Letters()}
+    report = transload.quantize(source, tmp_path / "int8", tmp_path / "recipe.yaml", **settings)
+    assert any("GlmForCausalLM" in note for note in report.notes)
+    want = chatglm.logits(chatglm.weights(config()), config(), IDS)
+    assert close(own_logits(tmp_path / "int8"), want, 0.05)
+
+
+class _Letters:
+    """A tokenizer for a vocabulary of 128: a letter is its code."""
+
+    def __call__(self, text: str, **unused: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 128 for letter in text]}

@@ -65,7 +65,7 @@ def quantize(
     """
     began = time.monotonic()
     chosen = read_recipe(recipe)
-    source = open_checkpoint(model)
+    source = open_checkpoint(model, "native")
     target = named(Path(out))
     check_apart(target, source.path)
     check_free(target, overwrite)
@@ -92,7 +92,9 @@ def quantize(
         raise
     stage.delete()
     written = replace(written, source=str(source.path), source_format=source.format.name)
-    return QuantizeReport(chosen.name, text, tuple(made), (*assignment.notes, *notes), written, seconds)
+    return QuantizeReport(
+        chosen.name, text, tuple(made), (*source.notes(), *assignment.notes, *notes), written, seconds
+    )
 
 
 class _Run:
