@@ -75,7 +75,7 @@ def main() -> None:
         name = Path(recipe).stem
         folder = options.work / name
         if not folder.exists():
-            report = transload.quantize(options.model, folder, recipe, to=options.to, calibration=text)
+            report = transload.quantize(options.model, folder, recipe, to=options.to, calibration=text, resume=True)
             results[f"quantize {name}"] = report.seconds
             (options.work / f"{name}.report.json").write_text(json.dumps(report.to_json(), indent=1))
         key = f"{name} {options.tokens}"

@@ -63,7 +63,7 @@ def factor(gram: Tensor, group_size: int, damping: float = 0.01, act_order: bool
     k = len(diagonal)
     order = group_aware_order(diagonal, group_size) if act_order else torch.arange(k - 1, -1, -1, device=gram.device)
     while True:
-        matrix = gram[order][:, order]
+        matrix = _reordered(gram, order)
         matrix.div_(mean).diagonal().add_(damping)
         if _cholesky(matrix):
             return Factor(order, _invert(matrix), damping)
@@ -122,6 +122,14 @@ def _scales(members: Tensor, spec: QuantSpec, charge: Tensor | None) -> tuple[Te
     else:
         scales, zeros = searched_scales(x, spec, charge.unsqueeze(0))
     return scales[:, 0], None if zeros is None else zeros[:, 0]
+
+
+def _reordered(gram: Tensor, order: Tensor) -> Tensor:
+    """gram[order][:, order] with one copy of it in memory instead of two."""
+    out = torch.empty_like(gram)
+    for start in range(0, len(gram), _PANEL):
+        out[start : start + _PANEL] = gram[order[start : start + _PANEL]][:, order]
+    return out
 
 
 def _cholesky(a: Tensor) -> bool:

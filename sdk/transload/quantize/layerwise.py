@@ -99,7 +99,7 @@ class LayerJob:
             if number == 0:
                 self._fold(forward, hidden, watch)
             for held in round:
-                self._quantize(held, watch.of.get(held))
+                self._quantize(held, watch.of.pop(held, None))  # a Hessian goes with its last linear
             self._factors.clear()
 
     def advance(self, forward: Forward, hidden: Hidden, out: Hidden) -> None:

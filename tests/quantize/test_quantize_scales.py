@@ -1,0 +1,118 @@
+"""SmoothQuant's formula, AWQ's search, statistics, and Hadamard matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transload.errors import ConfigError
+from transload.quantize.awq import awq_scale, groups_gram, search_scale
+from transload.quantize.hadamard import block_size, hadamard, rotation
+from transload.quantize.smoothquant import smooth_scale
+from transload.quantize.static import static_scale
+from transload.quantize.statistics import SAMPLE, Statistics
+from transload.reference import quantize_rtn
+from transload.requantize import parse_spec
+
+
+def test_smoothquant_is_the_formula_of_the_paper() -> None:
+    act, weight = torch.tensor([8.0, 2.0, 0.5]), torch.tensor([0.5, 2.0, 1.0])
+    want = act.double() ** 0.7 / weight.double() ** 0.3
+    want /= want.prod() ** (1 / 3)
+    assert torch.allclose(smooth_scale(act, weight, 0.7).double(), want, rtol=1e-5)
+
+
+def test_smoothquant_leaves_unused_inputs_alone() -> None:
+    scale = smooth_scale(torch.tensor([4.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0]), 0.5)
+    assert scale[1:].tolist() == [1.0, 1.0]
+
+
+def test_awq_takes_the_exponent_with_the_smallest_output_error() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(16, 64)
+    rows = torch.randn(100, 64) * torch.tensor([1.0] * 60 + [30.0] * 4)
+    spec, absmean = parse_spec("int4-g32-fp32"), rows.abs().mean(0)
+    scale, exponent = search_scale(absmean, [(w, rows, spec)])
+
+    def error(exponent: float) -> float:  # in float64, with the plain quantizer
+        s = awq_scale(absmean, exponent).double()
+        rounded = quantize_rtn((w * s).float(), spec).dequantize().double() / s
+        return float((rows.double() @ (rounded - w).T).square().sum())
+
+    errors = {step / 16: error(step / 16) for step in range(16)}
+    assert error(exponent) <= min(errors.values()) * 1.001
+    assert exponent > 0
+    assert error(exponent) < 0.8 * errors[0.0]
+    assert torch.equal(scale, awq_scale(absmean, exponent))
+
+
+def test_gram_blocks_of_groups_are_the_diagonal_blocks_of_the_gram_matrix() -> None:
+    rows = torch.randn(20, 24)
+    blocks = groups_gram(rows, parse_spec("int4-g8"))
+    whole = rows.T @ rows
+    for g in range(3):
+        assert torch.allclose(blocks[g], whole[8 * g : 8 * g + 8, 8 * g : 8 * g + 8], rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_are_those_of_all_rows() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3000, 1100)
+    found = Statistics(1100, gram=True, stride=5)
+    for part in x.split(700):
+        found.add(part)
+    found.finish()
+    assert found.tokens == 3000
+    assert torch.allclose(found.absmax, x.abs().amax(0))
+    assert torch.allclose(found.absmean, x.abs().mean(0), rtol=1e-4)
+    assert found.gram is not None
+    assert float((found.gram - x.T @ x).norm() / (x.T @ x).norm()) < 1e-5
+    assert torch.equal(found.rows, x[::5][:SAMPLE])
+    by = torch.rand(1100) + 0.5
+    found.divide(by)
+    assert float((found.gram - (x / by).T @ (x / by)).norm() / found.gram.norm()) < 1e-4
+    assert torch.allclose(found.absmean, (x / by).abs().mean(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 28, 36, 64, 76, 896, 1536, 2560, 5120])
+def test_hadamard_matrices_are_orthogonal_with_entries_of_one(n: int) -> None:
+    h = hadamard(n)
+    assert h is not None
+    assert bool((h.abs() == 1).all())
+    assert torch.equal(h @ h.T, n * torch.eye(n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [3, 92, 6, 1022])
+def test_orders_without_a_known_matrix_give_none(n: int) -> None:
+    assert hadamard(n) is None
+
+
+# 11008 = 43 * 256 has no matrix of this kind; its largest blocks are powers of two.
+@pytest.mark.parametrize(("n", "block"), [(896, 896), (4864, 4864), (576, 576), (11008, 256), (14336, 14336)])
+def test_odd_sizes_are_cut_into_blocks(n: int, block: int) -> None:
+    assert block_size(n) == block
+
+
+def test_rotations_are_orthogonal_and_follow_the_seed() -> None:
+    r = rotation(96, 3)
+    assert float((r @ r.T - torch.eye(96)).abs().max()) < 1e-12
+    assert torch.equal(r, rotation(96, 3))
+    assert not torch.equal(r, rotation(96, 4))
+
+
+def test_a_size_that_cannot_be_rotated_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="97 features"):
+        rotation(97, 0)
+
+
+def test_a_static_scale_covers_everything_unless_clipping_is_better() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(200, 32)
+    whole = static_scale(rows, float(rows.abs().max()))
+    assert 0.8 * float(rows.abs().max()) / 127 < whole <= float(rows.abs().max()) / 127
+    assert static_scale(rows, 100.0) < 0.3 * 100 / 127  # one outlier elsewhere does not coarsen all the rest
+
+
+@pytest.mark.parametrize("absmax", [0.0, float("nan"), float("inf")])
+def test_inputs_without_a_scale_are_refused(absmax: float) -> None:
+    with pytest.raises(ValueError, match="no static scale"):
+        static_scale(torch.zeros(2, 4), absmax)
