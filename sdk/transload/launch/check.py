@@ -12,7 +12,7 @@ from transload.launch import flagtable, live, validators
 from transload.launch.command import EngineCommand
 from transload.launch.manifest import Manifest, read_manifest, read_plan
 from transload.launch.validators import Skipped
-from transload.launch.write import edited
+from transload.launch.write import edited, inside
 from transload.plan.result import Plan
 
 State = Literal["ok", "bad", "note"]
@@ -46,7 +46,11 @@ def check(folder: str | Path, config: str | Path | None = None, python: str | No
     """
     root = Path(folder)
     manifest, plan = read_manifest(root), read_plan(root)
-    return [*_belongs(root, manifest), *_commands(manifest, plan, config, python), *_files(root, manifest)]
+    return [
+        *_belongs(root, manifest),
+        *_commands(manifest, plan, config, python),
+        *check_files(root, list(manifest.files)),
+    ]
 
 
 def passed(findings: Sequence[Finding]) -> bool:
@@ -123,12 +127,13 @@ def _facts(verdict: live.Verdict) -> str:
     )
 
 
-def _files(root: Path, manifest: Manifest) -> list[Finding]:
+def check_files(root: Path, names: Sequence[str]) -> list[Finding]:
+    """What the readers of rendered files say of those that are there; names that lead outside are left out."""
     found: list[Finding] = []
     skipped: dict[str, str] = {}
-    for name in manifest.files:
+    for name in names:
         for pattern, by, judge in _FILES:
-            if not fnmatch.fnmatch(name, pattern) or not (root / name).is_file():
+            if not fnmatch.fnmatch(name, pattern) or not inside(root, name):
                 continue
             outcome = judge(root / name, root)
             if isinstance(outcome, Skipped):

@@ -28,6 +28,7 @@ def commands(
     """
     site = site or Site()
     _check_version(plan, engine_version)
+    _check_nodes(plan, site)
     name = argument("model name", site.served_name or plan.model)
     return tuple(
         _command(instance, part, path_for(instance, model_path), name, site)
@@ -92,6 +93,17 @@ def _ray(instance: Instance, part: NodePart, site: Site) -> tuple[tuple[str, ...
     own = ("--node-ip-address", site.address(part.node), *devices)
     join = ("ray", "start", "--address", f"{site.address(instance.head)}:{port}", *own, "--block")
     return join, ("ray", "start", "--head", "--port", str(port), *own)
+
+
+def _check_nodes(plan: Plan, site: Site) -> None:
+    """Raises ConfigError when the plan runs on nodes that the cluster does not have."""
+    used = list(dict.fromkeys(rank.node for rank in plan.ranks))
+    strange = [node for node in used if node not in site.nodes]
+    if site.nodes and strange:
+        raise ConfigError(
+            f"the plan runs on {len(used)} nodes, of which the cluster does not have {', '.join(strange[:3])}; it has "
+            f"{len(site.nodes)}: {', '.join(site.nodes[:6])}; plan again for this cluster"
+        )
 
 
 def _check_version(plan: Plan, wanted: str | None) -> None:

@@ -132,6 +132,7 @@ def _model(instance: Instance, setting: Setting) -> str:
 
 
 _FUNCTIONS = r"""set -uo pipefail
+export LC_ALL=C
 cd "$(dirname "$0")" || exit 2
 
 failed=0
@@ -287,6 +288,16 @@ PYTHON
 
 edges() { { head -c @EDGE@ "$1"; tail -c @EDGE@ "$1"; } | sha256sum | cut -d ' ' -f 1; }
 
+# all_files PATH: size, hash and name of every file that belongs to a checkpoint.
+all_files() {
+  local file
+  cd "$1" 2>/dev/null || return
+  for file in *; do
+    case $file in *.md | *.part | *.lock) continue ;; esac
+    if [ -f "$file" ]; then echo "$(stat -Lc %s "$file") $(edges "$file") $file"; fi
+  done
+}
+
 # checkpoint PATH LIST: every file is there, of the listed size and hash.
 checkpoint() {
   local path=$1 list=$2 size quick whole name file found wrong=0 count=0
@@ -295,8 +306,7 @@ checkpoint() {
     return
   fi
   if [ -z "$list" ]; then
-    found=$(cd "$path" && for f in *; do if [ -f "$f" ]; then echo "$(stat -c %s "$f") $(edges "$f") $f"; fi; done |
-      sha256sum | cut -c 1-16)
+    found=$(all_files "$path" | sha256sum | cut -c 1-16)
     note "checkpoint: $path is there; it was not at hand when the plan was rendered. Compare on all nodes: $found"
     return
   fi

@@ -23,6 +23,7 @@ FORMS: tuple[Form, ...] = ("auto", "native", "dp", "ray")
 class Site:
     """How nodes are reached and what the services are called.
 
+    nodes: every node that there is, to be sure that the plan was made for this cluster; empty when that is not known.
     addresses, interfaces: by the plan's node names; a node without an address is reached by its name, one without an
     interface gets none in EngineCommand.env, and rendered scripts look it up where they run. port: of the first
     instance's API, the others follow. master_port, rpc_port, ray_port: the first of those that instances talk on.
@@ -34,6 +35,7 @@ class Site:
     engines' own. directory: where the rendered folder lies on the nodes, for systemd units.
     """
 
+    nodes: tuple[str, ...] = ()
     addresses: Mapping[str, str] = field(default_factory=dict)
     interfaces: Mapping[str, str] = field(default_factory=dict)
     served_name: str | None = None
@@ -86,7 +88,8 @@ class Site:
                     addresses[name] = node.address.replace("{}", str(number))
                 if node.interface:
                     interfaces[name] = node.interface
-        return cls(addresses=addresses, interfaces=interfaces)
+        names = tuple(name for node in cluster.nodes for name in node.names)
+        return cls(nodes=names, addresses=addresses, interfaces=interfaces)
 
     def address(self, node: str) -> str:
         """Where the others reach a node; its own name when nothing better was said."""

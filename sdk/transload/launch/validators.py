@@ -38,12 +38,12 @@ def shell(path: Path) -> Outcome:
     bash = shutil.which("bash")
     if bash is None:
         return Skipped("bash is not installed")
-    found = _said([bash, "-n", str(path)])
+    found = _said([bash, "-n", str(path)], path)
     program = shutil.which("shellcheck") or shutil.which(str(Path(sys.executable).with_name("shellcheck")))
     if found or program is None:
         return found
     # SC2016 asks about $ in single quotes, which is what keeps a path's own $ as it is.
-    return _said([program, "--shell=bash", "--exclude=SC2016", "--format=gcc", str(path)])
+    return _said([program, "--shell=bash", "--exclude=SC2016", "--format=gcc", str(path)], path)
 
 
 def shellcheck_missing() -> bool:
@@ -148,13 +148,15 @@ def _documents(path: Path) -> list[dict[str, Any]] | str:
     return documents
 
 
-def _said(command: Sequence[str]) -> list[str]:
-    """Lines that a checker prints; empty when it is content."""
+def _said(command: Sequence[str], path: Path | None = None) -> list[str]:
+    """Lines that a checker prints, without the path that it was given; empty when it is content."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"{command[0]}: {error}"]
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    if path is not None:
+        lines = [line.replace(f"{path}:", "line ", 1).replace("line  line", "line") for line in lines]
     return lines or ([f"{command[0]}: exit status {done.returncode}"] if done.returncode else [])
 
 

@@ -81,10 +81,11 @@ def _stale(root: Path, files: Mapping[str, str]) -> tuple[str, ...]:
         old = Manifest.model_validate_json((root / MANIFEST).read_bytes())
     except (OSError, ValidationError):
         return ()
-    return tuple(n for n in sorted(old.files) if n not in files and _inside(root, n))
+    return tuple(n for n in sorted(old.files) if n not in files and inside(root, n))
 
 
-def _inside(root: Path, name: str) -> bool:
+def inside(root: Path, name: str) -> bool:
+    """True for a file that is in the folder, not behind a link or .. outside."""
     path = root / name
     return path.is_file() and path.resolve().is_relative_to(root.resolve())
 
@@ -93,7 +94,7 @@ def edited(root: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
     """(files that are missing, files that differ from what was rendered)."""
     missing, changed = [], []
     for name, wanted in manifest.files.items():
-        if not _inside(root, name):
+        if not inside(root, name):
             missing.append(name)
         elif digest((root / name).read_bytes().decode("utf-8", "replace")) != wanted:
             changed.append(name)
