@@ -9,6 +9,7 @@ import torch
 from transload.hal import Device, Kernel, Serving
 from transload_cuda.dequantize_kernel import DequantizeKernel
 from transload_cuda.device import devices, missing
+from transload_cuda.humming_kernel import HummingKernel
 from transload_cuda.int4pack_kernel import Int4PackKernel
 from transload_cuda.triton_kernel import TritonA8, TritonA16
 
@@ -17,7 +18,7 @@ class CudaBackend:
     """NVIDIA GPUs through torch's CUDA build."""
 
     name = "cuda"
-    kernels: Sequence[Kernel] = (TritonA8(), TritonA16(), Int4PackKernel(), DequantizeKernel())
+    kernels: Sequence[Kernel] = (HummingKernel(), TritonA8(), TritonA16(), Int4PackKernel(), DequantizeKernel())
     # Quantized formats in vLLM's own list of methods, version 0.32. It has no gguf and no bitsandbytes any more.
     serving = Serving(
         engine="vllm",

@@ -18,7 +18,7 @@ from transload.errors import ConfigError
 from transload.hal import Device, Kernel, Packed, Problem
 from transload.quant import Grid, QTensor, Zero
 from transload_cuda.device import arch_number, on_device
-from transload_cuda.layouts import check_x
+from transload_cuda.layouts import check_placed, check_x
 
 GROUPS = (32, 64, 128, 256)
 INNER_TILES = 8  # steps of 16 inputs that a thread keeps together; the operator takes 2, 4 or 8
@@ -64,9 +64,15 @@ class Int4PackKernel(Kernel):
         return QTensor(p.spec, swapped.flip(-1).reshape(p.n, p.k), scales)
 
     def place(self, p: Packed, device: torch.device) -> Packed:
-        """`tiles` int32 in the GPU's order instead of `codes`. Raises BackendError when it does not fit."""
+        """`tiles` int32 in the GPU's order instead of `codes`.
+
+        Raises BackendError when it does not fit, ConfigError for a device that is no GPU.
+        """
         with on_device(self.name, f"{p.nbytes} bytes of weight"):
-            tiles = torch.ops.aten._convert_weight_to_int4pack(p.tensors["codes"].to(device), INNER_TILES)
+            try:
+                tiles = torch.ops.aten._convert_weight_to_int4pack(p.tensors["codes"].to(device), INNER_TILES)
+            except NotImplementedError as e:
+                raise ConfigError(f"kernel '{self.name}': it runs on CUDA devices, not on {device}") from e
             scale = p.tensors["scale_and_zero"].to(device)
         return replace(p, tensors={"tiles": tiles, "scale_and_zero": scale})
 
@@ -77,10 +83,10 @@ class Int4PackKernel(Kernel):
             raise ConfigError(f"kernel '{self.name}': x is {x.dtype}, expected bfloat16")
         if x.shape[0] == 0:
             return x.new_empty(0, w.n)
-        t = w.tensors
-        y: Tensor = torch.ops.aten._weight_int4pack_mm(
-            x.contiguous(), t["tiles"], w.spec.group_size, t["scale_and_zero"]
-        )
+        check_placed(w, "tiles")
+        tiles, sides = w.tensors["tiles"], w.tensors["scale_and_zero"]
+        with on_device(self.name, f"x [M={x.shape[0]}, K={w.k}] to y [N={w.n}]"):
+            y: Tensor = torch.ops.aten._weight_int4pack_mm(x.contiguous(), tiles, w.spec.group_size, sides)
         return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -137,6 +137,12 @@ def check_x(kernel: str, x: Tensor, w: Packed, bias: Tensor | None, counts: Tens
         raise ConfigError(f"kernel '{kernel}': operands are on {sorted(map(str, at))}; move them to one device")
 
 
+def check_placed(w: Packed, tensor: str) -> None:
+    """Raises ConfigError for a weight that lacks what `place` makes on a GPU."""
+    if tensor not in w.tensors:
+        raise ConfigError(f"kernel '{w.kernel}': the weight is as packed on the host; place it on a GPU first")
+
+
 def _pack_codes(codes: Tensor, g: Geometry) -> Tensor:
     padded = torch.nn.functional.pad(codes, (0, g.padded_k - codes.shape[-1]))
     if g.lanes == 1:

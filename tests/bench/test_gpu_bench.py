@@ -97,6 +97,8 @@ def test_targets_are_reached_or_missed_by_the_fastest_of_ours() -> None:
     assert ": 1.15 (wanted 0.85)" in found[0]
     assert ": 1.20 (wanted 1.10)" in found[2]
     assert gpu_report.targets(run_of())[0].startswith("not measured")
+    borrowed = gpu_report.targets(run_of(measured("transload torch-int4pack", 1.0), measured("torch int4pack", 36.0)))
+    assert borrowed[2].startswith("not measured")
 
 
 def test_a_kernel_that_should_be_chosen_is_named() -> None:
