@@ -53,7 +53,7 @@ def test_a_fresh_folder_is_good_and_what_was_not_checked_is_said(tmp_path: Path)
         ("compose/node-1.yaml", "services:", "services: {", "compose schema", "not valid YAML"),
         ("kubernetes/engine-0.yaml", "size: 2", "size: two", "kubernetes schemas", "'two' is not of type 'integer'"),
         ("kubernetes/engine-0.yaml", "startupPolicy:", "startPolicy:", "kubernetes schemas", "'startPolicy'"),
-        ("kubernetes/engine-0.yaml", "containerPort: 8000", "containrPort: 8000", "kubernetes schemas", "'containerPort'"),
+        ("kubernetes/engine-0.yaml", "containerPort:", "containrPort:", "kubernetes schemas", "'containerPort' is"),
         ("systemd/node-0/transload-engine-0.service", "Type=exec", "Type=exce", "systemd-analyze", "service type"),
         ("systemd/node-0/transload-engine-0.service", "node-0.sh", "node-9.sh", "systemd-analyze", "not executable"),
     ],

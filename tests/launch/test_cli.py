@@ -53,7 +53,7 @@ def test_render_says_what_it_wrote_and_what_comes_next(folder: Path) -> None:
     assert said.endswith("next: transload plan check out")
     assert "HOST_IP:-10.0.0.11" in (folder / "out/shell/node-1.sh").read_text()
     assert "INTERFACE:-ib0" in (folder / "out/shell/node-1.sh").read_text()
-    assert "13 files unchanged" in _run("render", "plan.json", "-m", "/models/glm", "-o", "out", "-c", "cluster.yaml")
+    assert "11 files unchanged" in _run("render", "plan.json", "-m", "/models/glm", "-o", "out", "-c", "cluster.yaml")
 
 
 def test_a_checkpoint_that_is_here_is_fingerprinted_and_read_for_its_format(folder: Path) -> None:

@@ -5,6 +5,7 @@
 # --full also compares the SHA-256 of whole files, where the plan was rendered with them.
 # Exit status 0 when nothing failed. Run it on every node; containers check their engine's version themselves.
 set -uo pipefail
+export LC_ALL=C
 cd "$(dirname "$0")" || exit 2
 
 failed=0
@@ -160,6 +161,16 @@ PYTHON
 
 edges() { { head -c 1048576 "$1"; tail -c 1048576 "$1"; } | sha256sum | cut -d ' ' -f 1; }
 
+# all_files PATH: size, hash and name of every file that belongs to a checkpoint.
+all_files() {
+  local file
+  cd "$1" 2>/dev/null || return
+  for file in *; do
+    case $file in *.md | *.part | *.lock) continue ;; esac
+    if [ -f "$file" ]; then echo "$(stat -Lc %s "$file") $(edges "$file") $file"; fi
+  done
+}
+
 # checkpoint PATH LIST: every file is there, of the listed size and hash.
 checkpoint() {
   local path=$1 list=$2 size quick whole name file found wrong=0 count=0
@@ -168,8 +179,7 @@ checkpoint() {
     return
   fi
   if [ -z "$list" ]; then
-    found=$(cd "$path" && for f in *; do if [ -f "$f" ]; then echo "$(stat -c %s "$f") $(edges "$f") $f"; fi; done |
-      sha256sum | cut -c 1-16)
+    found=$(all_files "$path" | sha256sum | cut -c 1-16)
     note "checkpoint: $path is there; it was not at hand when the plan was rendered. Compare on all nodes: $found"
     return
   fi
