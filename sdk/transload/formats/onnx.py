@@ -1,5 +1,7 @@
 """Quantized linears of ONNX models: MatMulNBits nodes, and MatMul or Gemm over a DequantizeLinear.
 
+A GatherBlockQuantized node is an embedding with the same tensors, its codes as [N, bytes per row].
+
 MatMulNBits (com.microsoft, opset 1), nblk = ceil(K / block_size), codes low first along K:
 
     B           uint8 [N, nblk, block_size*bits/8]   the last block of a row is padded
@@ -22,12 +24,12 @@ from transload import bits
 from transload.errors import FormatError
 from transload.formats import stored
 from transload.formats.base import Entry, Format, Source, naming
-from transload.formats.limits import integer_limits, weights_only
+from transload.formats.limits import integer_limits
 from transload.formats.onnx_graph import Linear
 from transload.formats.onnx_source import OnnxSource
 from transload.headers import TensorInfo
 from transload.headers.info import shown
-from transload.quant import PER_CHANNEL, QTensor, QuantSpec, Zero
+from transload.quant import PER_CHANNEL, ActSpec, QTensor, QuantSpec, Zero
 
 BLOCKS = (16, 32, 64, 128, 256)  # what onnxruntime's CPU kernel takes
 
@@ -37,6 +39,7 @@ class Onnx(Format):
 
     name: ClassVar[str] = "onnx"
     container: ClassVar[str] = "onnx"
+    embeddings: ClassVar[bool] = True
 
     def detects(self, source: Source) -> bool:
         """True for every ONNX model."""
@@ -44,7 +47,8 @@ class Onnx(Format):
 
     def entries(self, source: Source) -> dict[str, Entry]:
         """A module for every quantized linear, named after its node; other initializers as they are stored."""
-        return stored.with_floats(source, [_entry(source, linear) for linear in _source(source).linears.values()])
+        found = _source(source)
+        return stored.with_floats(source, [_entry(source, linear) for linear in found.linears.values()], found.tables)
 
     def decode(self, source: Source, entry: Entry) -> QTensor:
         """Codes, scales and zero points."""
@@ -53,9 +57,15 @@ class Onnx(Format):
             return _decode_nbits(source, linear, entry) if linear.nbits else _decode_dequantize(source, linear, entry)
 
     def cannot_hold(self, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
-        """4 or 8 bits in blocks that onnxruntime takes, any kind of zero point but an offset, float16 or float32."""
+        """4 or 8 bits in blocks that onnxruntime takes, any kind of zero point but an offset, float32 scales.
+
+        Scales have the dtype of the activations, which is float32 here. MatMulNBits' accuracy level 4 is activations in
+        int8 per token and block; per token alone is coarser, so that this serves it too.
+        """
         zeros = (Zero.MIDPOINT, Zero.CODES, Zero.FLOATS)
-        reason = integer_limits(spec, shape, (4, 8), zeros, (torch.float32, torch.float16)) or weights_only(spec)
+        reason = integer_limits(spec, shape, (4, 8), zeros, (torch.float32,))
+        if reason is None and spec.act not in (None, ActSpec(), ActSpec(group_size=spec.group_size)):
+            return f"onnxruntime multiplies with floats or with int8 per token and block, not {spec.act}"
         if reason is None and spec.group_size not in BLOCKS:
             found = "one scale per row" if spec.group_size == PER_CHANNEL else f"groups of {spec.group_size}"
             return f"its blocks are of 16, 32, 64, 128 or 256 values, not {found}"
@@ -100,7 +110,8 @@ def _nbits_spec(source: Source, linear: Linear, scales: TensorInfo) -> QuantSpec
     if linear.g_idx:
         _need(source, linear.g_idx, ("I32",), ((k,),), why)
     dtype = stored.SCALE_DTYPES[scales.dtype]
-    return QuantSpec(b, size, zero=zero, scale_dtype=dtype, act_order=bool(linear.g_idx))
+    act = ActSpec(group_size=size) if linear.int8 else None
+    return QuantSpec(b, size, zero=zero, scale_dtype=dtype, act=act, act_order=bool(linear.g_idx))
 
 
 def _dequantize_spec(source: Source, linear: Linear, scales: TensorInfo) -> QuantSpec:

@@ -35,6 +35,7 @@ class Linear:
     block: int = 0  # 0: one scale per output
     axis: int = 0
     transposed: bool = False  # a DequantizeLinear over [N, K] instead of [K, N]
+    int8: bool = False  # MatMulNBits may quantize activations to int8: accuracy level 4
 
     def tensors(self) -> Iterator[str]:
         """Names of its initializers."""
@@ -48,10 +49,13 @@ def find_linears(path: Path, graph: Any, infos: Infos) -> dict[str, Linear]:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
     found: dict[str, Linear] = {}
+    shared = _shared(graph, infos)
     for node in graph.node:
         linear = None
         if node.op_type == "MatMulNBits" and len(node.input) > 2 and node.input[1] in infos:
-            linear = _nbits(path, node)
+            linear = None if node.input[1] in shared else _nbits(path, node)
+        elif node.op_type == "GatherBlockQuantized" and len(node.input) > 2 and node.input[0] in infos:
+            linear = _embedding(path, node, infos)
         elif node.op_type == "DequantizeLinear" and node.input and node.input[0] in infos:
             linear = _dequantize(path, node, infos, consumers)
         if linear is not None:
@@ -59,6 +63,34 @@ def find_linears(path: Path, graph: Any, infos: Infos) -> dict[str, Linear]:
                 raise FormatError(f"{path}: two quantized nodes are called {shown(linear.module)}")
             found[linear.module] = linear
     return found
+
+
+def find_tables(graph: Any, infos: Infos) -> set[str]:
+    """Initializers that are no weights: rotary tables, and a tied head's name for the embedding's bytes."""
+    rotary = {name for node in graph.node if node.op_type == "GroupQueryAttention" for name in node.input[7:9] if name}
+    return (rotary | _shared(graph, infos)) & infos.keys()
+
+
+def _shared(graph: Any, infos: Infos) -> set[str]:
+    """Codes of MatMulNBits nodes that are an embedding's bytes once more: a head tied to it has no own numbers."""
+    tables = [n.input[0] for n in graph.node if n.op_type == "GatherBlockQuantized" and n.input and n.input[0] in infos]
+    places = {(infos[name].file, infos[name].start) for name in tables}
+    codes = [n.input[1] for n in graph.node if n.op_type == "MatMulNBits" and len(n.input) > 2 and n.input[1] in infos]
+    return {name for name in codes if name not in tables and (infos[name].file, infos[name].start) in places}
+
+
+def _embedding(path: Path, node: Any, infos: Infos) -> Linear | None:
+    """A GatherBlockQuantized over rows of uint8 codes."""
+    info, values = infos[node.input[0]], {a.name: a.i for a in node.attribute}
+    b, block = values.get("bits", 4), values.get("block_size", 128)
+    if info.dtype != "U8" or len(info.shape) != 2 or values.get("gather_axis", 0) != 0:
+        return None
+    module = _module_name(node, info.name)
+    n, k = info.shape[0], info.shape[1] * 8 // b if b in _BITS else 0
+    if not (0 < n < 1 << 31 and 0 < k < 1 << 31 and 0 < block < 1 << 31 and k % block == 0):
+        raise FormatError(f"{path}: node {shown(module)} has bits={b}, block_size={block} over {info.shape}")
+    inputs = [*node.input, ""]
+    return Linear(module, True, inputs[0], inputs[2], inputs[3], "", n, k, b, block)
 
 
 def _nbits(path: Path, node: Any) -> Linear:
@@ -70,7 +102,8 @@ def _nbits(path: Path, node: Any) -> Linear:
         raise FormatError(
             f"{path}: node {shown(module)} has N={n}, K={k}, bits={b}, block_size={block}, which make no weight"
         )
-    return Linear(module, True, inputs[1], inputs[2], inputs[3], inputs[4], n, k, b, block)
+    int8 = values.get("accuracy_level", 0) == 4
+    return Linear(module, True, inputs[1], inputs[2], inputs[3], inputs[4], n, k, b, block, int8=int8)
 
 
 def _dequantize(path: Path, node: Any, infos: Infos, consumers: dict[str, list[Any]]) -> Linear | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transload import bits
 from transload.errors import FormatError
 from transload.formats.base import Json
-from transload.formats.onnx_graph import Linear, find_linears
+from transload.formats.onnx_graph import Linear, find_linears, find_tables
 from transload.headers import TensorInfo, read_json
 from transload.headers.info import shown
 
@@ -64,6 +64,11 @@ class OnnxSource:
     def linears(self) -> dict[str, Linear]:
         """The quantized linears of the graph by module name. Raises FormatError."""
         return find_linears(self.path, self.graph, self.infos)
+
+    @cached_property
+    def tables(self) -> set[str]:
+        """Initializers that are no weights: rotary tables, and other names for bytes that a weight has already."""
+        return find_tables(self.graph, self.infos)
 
     def read(self, name: str) -> Tensor:
         """One initializer, whole; U4 as uint8 and I4 as int8, one value an element. Raises FormatError."""

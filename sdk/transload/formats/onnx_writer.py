@@ -29,13 +29,12 @@ def save(
     path: str | Path,
     modules: Iterable[tuple[str, QTensor]],
     floats: Iterable[tuple[str, Tensor]] = (),
-    accuracy_level: int = 0,
     overwrite: bool = False,
 ) -> None:
     """Writes a model of MatMulNBits nodes; modules and floats are taken one at a time, so that memory holds only one.
 
-    accuracy_level: 0 keeps activations as they are, 4 lets onnxruntime quantize them to int8 block by block. Raises
-    CannotHold naming the module, and OutputExists; nothing appears under the name before it is complete.
+    A module with int8 activations gets accuracy level 4, with which onnxruntime quantizes them per token and block.
+    Raises CannotHold naming the module, and OutputExists; nothing appears under the name before it is complete.
 
     >>> save("linears.onnx", [("lm_head", weight)])
     """
@@ -54,7 +53,7 @@ def save(
             for name, w in modules:
                 tensors = _encoded(name, w)
                 initializers += [_append(f, data.name, full, t) for full, t in tensors.items()]
-                nodes.append(_node(name, w, tensors, accuracy_level))
+                nodes.append(_node(name, w, tensors))
                 kind = DATA_TYPES[w.spec.scale_dtype]
                 inputs.append(helper.make_tensor_value_info(f"{name}.x", kind, ["M", w.k]))
                 outputs.append(helper.make_tensor_value_info(f"{name}.y", kind, ["M", w.n]))
@@ -75,7 +74,7 @@ def _encoded(name: str, w: QTensor) -> dict[str, Tensor]:
     return Onnx().encode(name, w)
 
 
-def _node(name: str, w: QTensor, tensors: dict[str, Tensor], accuracy_level: int) -> Any:
+def _node(name: str, w: QTensor, tensors: dict[str, Tensor]) -> Any:
     from onnx import helper
 
     names = [f"{name}.{part}" for part in ("B", "scales", "zero_points", "g_idx")]
@@ -89,7 +88,7 @@ def _node(name: str, w: QTensor, tensors: dict[str, Tensor], accuracy_level: int
         [f"{name}.y"],
         name=name,
         domain="com.microsoft",
-        accuracy_level=accuracy_level,
+        accuracy_level=0 if w.spec.act is None else 4,
         **attributes,
     )
 

@@ -15,6 +15,7 @@ from transload.porting.container import Container
 from transload.porting.folder import Folder
 from transload.porting.gguf_file import GgufFile
 from transload.porting.job import Job
+from transload.porting.onnx_folder import OnnxFolder
 from transload.porting.plan import Options
 from transload.porting.planning import plan_first
 from transload.porting.refusal import refused
@@ -25,7 +26,7 @@ from transload.quant import ActSpec
 from transload.writer import Writer
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
-_CONTAINERS: dict[str, type[Container]] = {"safetensors": Folder, "gguf": GgufFile}
+_CONTAINERS: dict[str, type[Container]] = {"safetensors": Folder, "gguf": GgufFile, "onnx": OnnxFolder}
 _FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ACTIVATIONS: dict[str, tuple[ActSpec | None] | None] = {"keep": None, "int8": (ActSpec(),), "16bit": (None,)}
 

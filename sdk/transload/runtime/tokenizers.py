@@ -31,7 +31,7 @@ def tokenizer(model: PreTrainedModel | str | Path, trust_remote_code: bool = Fal
     path = Path(model)
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
         return of_checkpoint(checkpoints.open(path))
-    return _of_folder(path, trust_remote_code)
+    return _of_folder(path.parent if path.is_file() else path, trust_remote_code)
 
 
 def of_checkpoint(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
