@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transload.plan.model import Model, Weight
 from transload.plan.modules import Cut, Module, Part
-from transload.plan.schemes import Parts, held
+from transload.plan.schemes import Parts, held, held_order
 from transload.plan.shapes import Shape
 
 VOCABULARY_STEP = 64  # vLLM pads vocabularies to this many rows (DEFAULT_VOCAB_PADDING_SIZE)
@@ -52,6 +52,11 @@ def weight_bytes(weight: Weight, ways: int, experts: int, platform: str) -> Part
     if module.bias:
         one = one.plus(Parts(side=2 * n))
     return one.times(experts if module.experts > 1 else 1)
+
+
+def order_bytes(module: Module, experts: int) -> int:
+    """Bytes of g_idx and of the order that sorts it, for all local copies of a column-parallel weight."""
+    return held_order(module.k) * (experts if module.experts > 1 else 1)
 
 
 @dataclass(slots=True, eq=False)
@@ -117,10 +122,17 @@ class Ledger:
         return out
 
     def _sum(self, weights: tuple[Weight, ...], shape: Shape, experts: int) -> PartBytes:
-        out = PartBytes()
+        """Modules of one fused matmul share the order of their inputs: g_idx counts once."""
+        out, ordered = PartBytes(), set[tuple[str, Part]]()
         for weight in weights:
-            ways = ways_of(weight.module, shape, shared_whole(self.model, self.platform))
-            _add(out, weight.module.part, weight_bytes(weight, ways, experts, self.platform))
+            module = weight.module
+            ways = ways_of(module, shape, shared_whole(self.model, self.platform))
+            size = weight_bytes(weight, ways, experts, self.platform)
+            if weight.scheme.act_order and (module.fused, module.part) in ordered:
+                size = size.plus(Parts(side=-order_bytes(module, experts)))
+            if module.fused:
+                ordered.add((module.fused, module.part))
+            _add(out, module.part, size)
         return out
 
     def _key(self, kind: int, shape: Shape, experts: int) -> tuple[int, int, int, int, bool]:

@@ -135,7 +135,12 @@ def _held_int(s: Scheme, n: int, k: int, platform: str, experts: bool) -> Parts:
     scales = n * s.groups(k) * s.scale_bytes
     # The Ascend W4A16 kernel wants an explicit zero offset per group in the model's dtype.
     zeros = n * s.groups(k) * 2 if platform == "ascend" else n * s.groups(k) * s.zeros // 8
-    return Parts(codes=n * k * s.bits // 8, scales=scales, zeros=zeros, side=8 * k if s.act_order else 0)
+    return Parts(codes=n * k * s.bits // 8, scales=scales, zeros=zeros, side=held_order(k) if s.act_order else 0)
+
+
+def held_order(k: int) -> int:
+    """Bytes that act-order adds to a matmul with k inputs: g_idx and the order that sorts it, int32 each."""
+    return 8 * k
 
 
 def _held_int_act(s: Scheme, n: int, k: int, platform: str) -> Parts:
