@@ -97,7 +97,15 @@ def test_an_edited_file_is_worth_a_note(tmp_path: Path) -> None:
     with (_rendered(tmp_path) / "README.md").open("a") as f:
         f.write("mine")
     findings = check(tmp_path)
-    assert Finding("README.md", "launch.json", "note", "was edited since it was rendered") in findings
+    assert (
+        Finding(
+            "README.md",
+            "launch.json",
+            "note",
+            "was edited since it was rendered; commands are judged as launch.json has them",
+        )
+        in findings
+    )
     assert passed(findings)
 
 

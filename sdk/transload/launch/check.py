@@ -61,7 +61,12 @@ def passed(findings: Sequence[Finding]) -> bool:
 def _belongs(root: Path, manifest: Manifest) -> list[Finding]:
     missing, changed = edited(root, manifest)
     found = [Finding(name, "launch.json", "bad", "was rendered and is not there") for name in missing]
-    found += [Finding(name, "launch.json", "note", "was edited since it was rendered") for name in changed]
+    found += [
+        Finding(
+            name, "launch.json", "note", "was edited since it was rendered; commands are judged as launch.json has them"
+        )
+        for name in changed
+    ]
     return found or [Finding("all files", "launch.json", "ok", f"{len(manifest.files)} as rendered")]
 
 
