@@ -86,14 +86,14 @@ class TritonKernel(Kernel):
             return traced_multiply(x, w, bias, counts)
         return self._launch(x, w, bias, counts)
 
-    def _launch(self, x: Tensor, w: Packed, bias: Tensor | None, counts: Tensor | None) -> Tensor:
+    def _launch(self, x: Tensor, w: Packed, bias: Tensor | None, counts: Tensor | None, swiglu: bool = False) -> Tensor:
         from transload_cuda.jit import launch
 
         if not x.is_cuda and not launch.INTERPRETED:
             raise ConfigError(f"kernel '{self.name}': x is on {x.device}, expected a CUDA device")
         with on_device(self.name, f"x [M={x.shape[0]}, K={w.k}] to y [N={w.n}]"):
             try:
-                return launch.multiply(x, w.tensors, w.spec, w.n, bias, counts)
+                return launch.multiply(x, w.tensors, w.spec, w.n, bias, counts, None, swiglu)
             except launch.OutOfResources as e:
                 config = launch.find_config(x, w.spec, w.n, counts)
                 raise BackendError(f"kernel '{self.name}': {config} does not fit this GPU: {e}") from e
@@ -126,3 +126,12 @@ class TritonA8(TritonKernel):
         if p.k > LONGEST_A8:
             return f"K={p.k} may overflow 32-bit sums; at most {LONGEST_A8}"
         return None
+
+    def swiglu_experts(self, x: Tensor, gate_up: Packed, down: Packed, counts: Tensor) -> Tensor | None:
+        """Three launches: both products, and between them one that gates and quantizes. None while a graph is traced,
+        where torch's compiler fuses what it can."""
+        if torch.compiler.is_compiling() or x.shape[0] == 0:
+            return None
+        both = self.grouped_matmul(x, gate_up, counts)
+        layouts.check_x(self.name, both[:, : down.k], down, None, counts)
+        return self._launch(both[:, : down.k], down, None, counts, swiglu=True)

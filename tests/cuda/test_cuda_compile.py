@@ -185,8 +185,8 @@ def test_the_quantizers_and_the_sum_of_splits_compile(arch: int) -> None:
     from transload_cuda.jit.tiles import sum_splits
 
     pointers = {"x_ptr": "*bf16", "order_ptr": "*i32", "q_ptr": "*i8", "scales_ptr": "*fp32", "sums_ptr": "*i32"}
-    token = {"BLOCK": 128, "MANY": 32, "HAS_ORDER": True, "ONE_SUM": True}
-    group = {"GROUP": 128, "BLOCK": 64, "BLOCKS": 2, "MANY": 16}
+    token = {"BLOCK": 128, "MANY": 32, "HAS_ORDER": True, "ONE_SUM": True, "SWIGLU": False}
+    group = {"GROUP": 128, "BLOCK": 64, "BLOCKS": 2, "MANY": 16, "SWIGLU": True}
     for kernel in (
         compiled(quantize_tokens, pointers, token, arch, 8, 3),
         compiled(quantize_groups, {n: p for n, p in pointers.items() if n != "order_ptr"}, group, arch, 4, 3),

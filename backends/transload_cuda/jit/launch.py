@@ -38,15 +38,17 @@ def multiply(
     bias: Tensor | None = None,
     counts: Tensor | None = None,
     config: Config | None = None,
+    swiglu: bool = False,
 ) -> Tensor:
     """x [M, K] times a weight packed by `layouts.pack`, plus bias: [M, N] in x's dtype.
 
     counts: int64 [E] on x's device, rows of each expert, or None. Rows of x beyond their sum give zeros. The caller has
-    checked the operands. config: for tuning; by default `configs.find` decides.
+    checked the operands. config: for tuning; by default `configs.find` decides. swiglu, for int8 activations only: x is
+    the first half of rows [2 K], and silu(x) times the second half is what is quantized and multiplied.
     """
     # Triton launches on the current GPU, wherever the operands are.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        return _multiply(x, tensors, spec, n, bias, counts, config)
+        return _multiply(x, tensors, spec, n, bias, counts, config, swiglu)
 
 
 def _multiply(
@@ -57,6 +59,7 @@ def _multiply(
     bias: Tensor | None,
     counts: Tensor | None,
     config: Config | None,
+    swiglu: bool,
 ) -> Tensor:
     m, k = x.shape
     if m == 0:
@@ -64,7 +67,8 @@ def _multiply(
     if INTERPRETED and x.dtype == torch.bfloat16:
         # The interpreter computes with bfloat16's bits as if they were integers; float32 holds the same values.
         wide = None if bias is None else bias.float()
-        return multiply(x.float(), tensors, spec, n, wide, counts, config).to(x.dtype)
+        floats = x.as_strided((m, 2 * k), x.stride()).float()[:, :k] if swiglu else x.float()
+        return multiply(floats, tensors, spec, n, wide, counts, config, swiglu).to(x.dtype)
     if x.stride(1) != 1:
         x = x.contiguous()
     g = layouts.geometry(k, spec)
@@ -105,7 +109,7 @@ def _multiply(
         even = g.padded_k == k
         matmul_a16[grid](x, *weight, rows, out, m, n, k, *sizes, x.stride(0), EVEN_K=even, APART=apart, **choices)
     else:
-        q, scales, sums = quantize(x, g, config.block_k, order)
+        q, scales, sums = quantize(x, g, config.block_k, order, swiglu)
         whole = g.segment == 0
         matmul_a8[grid](
             q, scales, sums, *weight, rows, out, m, n, *sizes,
@@ -117,8 +121,13 @@ def _multiply(
     return y
 
 
-def quantize(x: Tensor, g: layouts.Geometry, block: int, order: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, K] as int8 [M, padded_k], float32 scales [A, M] and int32 sums [blocks, M] (one sum without groups)."""
+def quantize(
+    x: Tensor, g: layouts.Geometry, block: int, order: Tensor | None, swiglu: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K] as int8 [M, padded_k], float32 scales [A, M] and int32 sums [blocks, M] (one sum without groups).
+
+    swiglu: as in `multiply`.
+    """
     m, k = x.shape
     q = torch.empty(m, g.padded_k, dtype=torch.int8, device=x.device)
     block = block if g.segment else WHOLE_BLOCK
@@ -129,14 +138,14 @@ def quantize(x: Tensor, g: layouts.Geometry, block: int, order: Tensor | None) -
         many = min(4096 // block, triton.next_power_of_2(g.padded_k // block))
         quantize_tokens[(m,)](
             x, q if order is None else order, q, scales, sums, *sizes,
-            BLOCK=block, MANY=many, HAS_ORDER=order is not None, ONE_SUM=g.segment == 0, num_warps=8,
+            BLOCK=block, MANY=many, HAS_ORDER=order is not None, ONE_SUM=g.segment == 0, SWIGLU=swiglu, num_warps=8,
         )  # fmt: skip
     else:
         blocks = triton.next_power_of_2(g.act_group // block)
         many = max(1, min(2048 // (blocks * block), triton.next_power_of_2(len(scales))))
         quantize_groups[(m, triton.cdiv(len(scales), many))](
-            x, q, scales, sums, *sizes, GROUP=g.act_group, BLOCK=block, BLOCKS=blocks, MANY=many
-        )
+            x, q, scales, sums, *sizes, GROUP=g.act_group, BLOCK=block, BLOCKS=blocks, MANY=many, SWIGLU=swiglu,
+        )  # fmt: skip
     return q, scales, sums
 
 

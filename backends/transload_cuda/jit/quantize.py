@@ -3,6 +3,8 @@
 scale = absmax / 127 and q = round half to even of x / scale, both divisions correctly rounded, so that codes equal
 `reference.quantize_activation`'s. NaN or infinity makes the scale NaN; a group of zeros gets scale 0 and codes 0.
 
+With SWIGLU, x is what a gated layer makes of rows [2 K]: silu of the first half times the second, not rounded between.
+
 Both kernels write q: int8 [M, padded_k], 0 beyond K; sums: int32 [padded_k / BLOCK, M], of the codes in each block.
 """
 
@@ -29,12 +31,21 @@ def codes_of(x, scale):
 
 
 @triton.jit
-def load_inputs(x_row, order_ptr, at, k, HAS_ORDER: tl.constexpr):
-    """float32 x at places `at` of a row, 0 beyond K; with an order, place i holds input order[i]."""
+def load_gated(x_row, source, real, k, SWIGLU: tl.constexpr):
+    """float32 x at `source` of a row, 0 where not real; with SWIGLU silu(x) times the number K places on."""
+    x = tl.load(x_row + source, mask=real, other=0.0).to(tl.float32)
+    if SWIGLU:
+        x = x / (1 + tl.exp(-x)) * tl.load(x_row + k + source, mask=real, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_inputs(x_row, order_ptr, at, k, HAS_ORDER: tl.constexpr, SWIGLU: tl.constexpr):
+    """`load_gated` at places `at` of a row, 0 beyond K; with an order, place i holds input order[i]."""
     source = at
     if HAS_ORDER:
         source = tl.load(order_ptr + at, mask=at < k, other=0)
-    return tl.load(x_row + source, mask=at < k, other=0.0).to(tl.float32)
+    return load_gated(x_row, source, at < k, k, SWIGLU)
 
 
 @triton.jit
@@ -52,6 +63,7 @@ def quantize_tokens(
     MANY: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     ONE_SUM: tl.constexpr,
+    SWIGLU: tl.constexpr,
 ):
     """One scale a row: scales float32 [M]. With ONE_SUM, sums is int32 [M], of the whole row. Grid: (M,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -60,14 +72,14 @@ def quantize_tokens(
     top = tl.zeros((MANY, BLOCK), tl.float32)
     finite = tl.full((MANY, BLOCK), 1, tl.int32)
     for first in range(0, padded_k, MANY * BLOCK):
-        size = tl.abs(load_inputs(x_row, order_ptr, first + places, k, HAS_ORDER))
+        size = tl.abs(load_inputs(x_row, order_ptr, first + places, k, HAS_ORDER, SWIGLU))
         finite = tl.minimum(finite, (size < float("inf")).to(tl.int32))
         top = tl.maximum(top, size)
     scale = scale_of(tl.max(tl.max(top, 1), 0), tl.min(tl.min(finite, 1), 0) == 1)
     total = tl.zeros((MANY,), tl.int32)
     for first in range(0, padded_k, MANY * BLOCK):
         at = first + places
-        x = load_inputs(x_row, order_ptr, at, k, HAS_ORDER)
+        x = load_inputs(x_row, order_ptr, at, k, HAS_ORDER, SWIGLU)
         q = codes_of(x, tl.zeros((MANY, BLOCK), tl.float32) + scale)
         tl.store(q_ptr + row * padded_k + at, q.to(tl.int8), mask=at < padded_k)
         sums = tl.sum(q, 1)
@@ -95,6 +107,7 @@ def quantize_groups(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     MANY: tl.constexpr,
+    SWIGLU: tl.constexpr,
 ):
     """A scale for every GROUP inputs of a row: scales float32 [padded_k / GROUP, M].
 
@@ -106,7 +119,7 @@ def quantize_groups(
     inside = (block * BLOCK < GROUP) & (group * GROUP < padded_k)[:, None]
     at = (group[:, None] * GROUP + block * BLOCK)[:, :, None] + tl.arange(0, BLOCK)[None, None, :]
     real = inside[:, :, None] & (at < k)
-    x = tl.load(x_ptr + row * x_stride + at, mask=real, other=0.0).to(tl.float32)
+    x = load_gated(x_ptr + row * x_stride, at, real, k, SWIGLU)
     size = tl.abs(x)
     finite = tl.min(tl.min((size < float("inf")).to(tl.int32), 2), 1) == 1
     scale = scale_of(tl.max(tl.max(size, 2), 1), finite)

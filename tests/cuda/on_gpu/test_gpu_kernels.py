@@ -70,6 +70,23 @@ def test_rows_that_belong_to_no_expert_give_zeros() -> None:
     assert nmse(y[:3], reference.grouped_matmul(data.x[:3], data.weight, counts.cpu())) < TF32
 
 
+@pytest.mark.parametrize("act", [ActSpec(), ActSpec(group_size=64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gated_experts_quantize_what_their_gate_gives(act: ActSpec, dtype: torch.dtype) -> None:
+    spec = replace(SYM, act=act)
+    counts = (2, 0, 3)
+    up = Case(spec, m=5, n=2 * 192, k=128, counts=counts).operands()
+    down = Case(spec, m=5, n=40, k=192, counts=counts).operands()
+    weights = [A8.place(A8.pack(data.weight), GPU.at) for data in (up, down)]
+    there, x = torch.tensor(counts, device=GPU.at), up.x.to(GPU.at, dtype)
+    left, right = A8.grouped_matmul(x, weights[0], there).float().chunk(2, -1)
+    truth = reference.grouped_matmul((torch.nn.functional.silu(left) * right).cpu(), down.weight, torch.tensor(counts))
+    y = A8.swiglu_experts(x, *weights, there)
+    assert y is not None
+    assert y.dtype == dtype
+    assert nmse(y.cpu().float(), truth) < (1e-5 if dtype == torch.bfloat16 else 1e-6)  # bfloat16: y's own rounding
+
+
 def test_counts_beyond_the_rows_of_x_write_nothing_outside() -> None:
     data = Case(SYM, m=3, n=24, counts=(2, 1)).operands()
     packed = A16.place(A16.pack(data.weight), GPU.at)
