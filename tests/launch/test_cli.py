@@ -97,8 +97,7 @@ def test_check_counts_what_passed_and_lists_the_rest(folder: Path) -> None:
     assert done.exit_code == 2
     assert "bad compose/node-0.yaml (compose schema)" in " ".join(done.output.split())
     found = json.loads(CliRunner().invoke(app, ["plan", "check", "out", "--json"]).output)
-    assert {"subject": "compose/node-0.yaml", "by": "launch.json", "state": "note",
-            "text": "was edited since it was rendered; commands are judged as launch.json has them"} in found  # fmt: skip
+    assert ("compose/node-0.yaml", "launch.json", "note") in [(f["subject"], f["by"], f["state"]) for f in found]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every rendered command line passes vLLM 0.32's own parser and create_engine_config: 38 plans, one child process."""
+"""Every rendered command line passes vLLM 0.32's own parser and create_engine_config: 40 plans, one child process."""
 
 from __future__ import annotations
 
