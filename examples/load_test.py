@@ -5,8 +5,8 @@
 
 Each of `--chats` clients asks, reads the streamed answer to its end, and asks again until the time is over; then the
 running ones finish. A request is lost when its answer does not end as the protocol says ("finish_reason", [DONE]), or
-when it was refused. After `--stop-pid` was sent SIGTERM half-way, refusals are counted apart: a server that drains
-finishes what it has begun and takes nothing new. Exit code 1 when a request was lost.
+when it was refused. With `--stop-pid` the server gets SIGTERM half-way. Refusals of requests that began after that are
+counted apart: a server that drains finishes what it has begun and takes nothing new. Exit code 1 when one was lost.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Result:
 async def answer(client: httpx.AsyncClient, body: dict[str, object], result: Result, stopped: asyncio.Event) -> None:
     """One chat."""
     began, first, tokens, reason, done = time.monotonic(), None, 0, None, False
+    late = stopped.is_set()  # begun after the server was told to stop: it may be refused
     try:
         async with client.stream("POST", "chat/completions", json=body) as response:
             if response.status_code != 200:
@@ -51,15 +52,12 @@ async def answer(client: httpx.AsyncClient, body: dict[str, object], result: Res
                     tokens += bool(choice["delta"].get("content"))
                     first = first or time.monotonic()
                     reason = choice["finish_reason"] or reason
-    except (httpx.ConnectError, ConnectionRefusedError) as error:
-        if stopped.is_set():
+    except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
+        if late and not tokens:
             result.refused += 1
             await asyncio.sleep(0.2)
         else:
-            result.lost.append(repr(error))
-        return
-    except (httpx.HTTPError, ValueError, KeyError) as error:
-        result.lost.append(f"{error!r} after {tokens} tokens")
+            result.lost.append(f"{error!r} after {tokens} tokens")
         return
     if not done or reason is None:
         result.lost.append(f"ended without [DONE] or finish_reason after {tokens} tokens")
