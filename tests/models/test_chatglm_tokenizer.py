@@ -9,6 +9,7 @@ from typing import Any
 
 import chatglm_oracle as chatglm
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import transload
@@ -111,3 +112,20 @@ def test_a_huge_vocabulary_is_not_read(tmp_path: Path) -> None:
         f.truncate(1 << 27)
     with pytest.raises(FormatError, match="too many for a vocabulary"):
         native_files(folder)
+
+
+def test_a_gguf_file_gets_weights_and_tokenizer_of_the_native_layout(tmp_path: Path) -> None:
+    settings = chatglm.CONFIG | {"padded_vocab_size": 544}
+    weights = chatglm.weights(settings)
+    folder = folder_with("tiktoken", chatglm.write(tmp_path / "remote", weights, settings))
+    with pytest.raises(TransloadError, match="with layout 'native' this is 'glm'"):
+        transload.port(folder, tmp_path / "m.gguf", to="gguf")
+    transload.port(folder, tmp_path / "m.gguf", to="gguf", layout="native")
+    model = transload.load(tmp_path / "m.gguf", device="cpu")
+    ids = torch.tensor([3, 99, 7, 41, 500])
+    with torch.no_grad():
+        found, meant = model(ids[None]).logits[0], chatglm.logits(weights, settings, ids)
+    assert float((found - meant).norm() / meant.norm()) < 1e-4
+    made = tokenizer(model)
+    for row in EXPECTED["tiktoken"]:
+        assert made.encode(row["text"], add_special_tokens=False) == row["ids"]

@@ -124,6 +124,7 @@ def hf_config(metadata: Metadata, tensors: Tensors, rope_factors: Sequence[float
     config |= family.fixed
     config |= _layers(metadata) | _heads(arch, metadata, tensors) | _rope(arch, metadata, config)
     config |= _switches(arch, tensors) | {"vocab_size": _vocabulary(metadata, tensors)} | special_ids(metadata)
+    config.setdefault("pad_token_id", None)  # a class's own default may lie outside of this vocabulary (GlmConfig)
     if rope_factors:
         config |= llama3_scaling(rope_factors, config["rope_theta"])
     config["tie_word_embeddings"] = "output.weight" not in tensors

@@ -54,7 +54,8 @@ def architecture_for(config: Mapping[str, object]) -> str:
     """llama.cpp's architecture for a config.json. Raises Unsupported listing the model types that are written."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in WRITTEN:
-        raise Unsupported(f"no GGUF is written for model_type {shown(kind)}: written are {', '.join(WRITTEN)}")
+        way = "; with layout 'native' this is 'glm'" if kind == "chatglm" else ""
+        raise Unsupported(f"no GGUF is written for model_type {shown(kind)}: written are {', '.join(WRITTEN)}{way}")
     return WRITTEN[kind]
 
 

@@ -141,7 +141,12 @@ class GgufFile(Container):
         writer.add_type("model")
         writer.add_name(folder.resolve().name)
         add_config(writer, self.arch, self.source.config)
-        add_tokenizer(writer, self.arch, folder, self._pieces["model.embed_tokens.weight"].values[0])
+        made = self.source.contained_files()  # the tokenizer that belongs to another layout, where one was asked for
+        with tempfile.TemporaryDirectory() as beside:
+            for name, data in made.items():
+                Path(beside, name).write_bytes(data)
+            rows = self._pieces["model.embed_tokens.weight"].values[0]
+            add_tokenizer(writer, self.arch, Path(beside) if "tokenizer.json" in made else folder, rows)
 
 
 def _slot(file: str, piece: Piece, start: int) -> Slot:
