@@ -85,6 +85,7 @@ def test_other_spellings_that_the_parser_takes_are_taken(more: list[str]) -> Non
         ('{"enable_flashcom1": true}', "reads no key 'enable_flashcom1'; nearest is enable_flashcomm1"),
         ('{"eplb_config": {"dynamic_epbl": true}}', "eplb_config has no key 'dynamic_epbl'; nearest is dynamic_eplb"),
         ('{"ascend_compilation_config": {"fuse_norm_qant": 1}}', "nearest is fuse_norm_quant"),
+        ('{"enable_npugraph_ex": true}', "it belongs in 'ascend_compilation_config'"),
         ("[1]", "expected a JSON object"),
         ("{", "not valid JSON"),
     ],

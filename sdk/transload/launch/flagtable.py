@@ -107,7 +107,9 @@ def additional_problems(text: str, name: str = "vllm-ascend-0.23") -> list[str]:
     found = []
     for key, value in data.items():
         if key not in rows:
-            found.append(f"--additional-config: vllm-ascend {version} reads no key '{key:.60}'{_nearest(key, rows)}")
+            homes = [section for section, keys in rows.items() if key in keys]
+            where = f"; it belongs in '{homes[0]}'" if homes else _nearest(key, rows)
+            found.append(f"--additional-config: vllm-ascend {version} reads no key '{key:.60}'{where}")
         elif rows[key] and isinstance(value, dict):
             unknown = [k for k in value if k not in rows[key]]
             found += [f"--additional-config: {key} has no key '{k:.60}'{_nearest(k, rows[key])}" for k in unknown]
