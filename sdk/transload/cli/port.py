@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 @app.command()
 def port(
     source: Annotated[Path, typer.Argument(help="A GGUF or safetensors file, or a model folder.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write; it appears only when it is complete.")],
+    target: Annotated[
+        Path, typer.Argument(help="The folder, or with gguf the file, to write; appears only when complete.")
+    ],
     to: Annotated[
         str,
-        typer.Option("--to", help="A format (compressed-tensors, gptq, bf16) or an engine (vllm, vllm-ascend==0.23)."),
+        typer.Option(
+            "--to",
+            help="A format (compressed-tensors, gptq, gguf, bf16) or an engine (vllm, vllm-ascend==0.23, llama.cpp).",
+        ),
     ],
     arch: Annotated[
         str | None, typer.Option(help="With an engine: the hardware it runs on (sm90, amx, avx512, a2, 310p).")
@@ -108,22 +113,27 @@ def _print_report(console: Console, report: PortReport, every: bool) -> None:
 
     console.print(_modules(report, every))
     rate = report.bytes_before / max(report.seconds, 1e-9)
+    files = f" and {len(report.files)} files" if report.files else ""
     proof = "[green]every number is exact[/]" if report.exact else "[yellow]some numbers changed, see above[/]"
     console.print(
         f"[bold]{escape(report.target)}[/]: {size(report.bytes_before)} -> {size(report.bytes_after)} in "
-        f"{report.seconds:.1f} s ({size(rate)}/s); {report.carried} float tensors and {len(report.files)} files "
-        f"carried; read back and compared: {proof}"
+        f"{report.seconds:.1f} s ({size(rate)}/s); {report.carried} float tensors{files} carried; "
+        f"read back and compared: {proof}"
     )
     for note in report.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     console.print()
-    answers = [
-        (a.engine, "[red]no[/]", escape(a.reason or ""))
-        if a.command is None
-        else (a.engine, "[green]yes[/]", escape(a.command))
-        for a in report.engines
-    ]
-    console.print(table(("engine", "", "command, or why not"), answers))
+    console.print(table(("engine", "", "command, or why not"), _engines(report)))
+
+
+def _engines(report: PortReport) -> list[tuple[str, str, str]]:
+    """Engines that run the result, then those that do not; those that load other formats share a row."""
+    from rich.markup import escape
+
+    others = [a.engine for a in report.engines if a.reason is not None and a.reason.startswith("loads ")]
+    rows = [(a.engine, "[green]yes[/]", escape(a.command)) for a in report.engines if a.command is not None]
+    rows += [(a.engine, "[red]no[/]", escape(a.reason)) for a in report.engines if a.reason and a.engine not in others]
+    return rows + ([("others", "[red]no[/]", f"load other formats: {', '.join(others)}")] if others else [])
 
 
 def _modules(report: PortReport, every: bool) -> Table:
