@@ -16,7 +16,7 @@ from transload.models.gguf_splits import SPLITS, split_name
 from transload.models.gguf_vocabulary import add_tokenizer
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "a quick fox and the other fox", "0123 12 1999"]
-ASKED = ["the fox", "the  quick", "12 foxes jump", "Ünïcödé 你好", "<s>dog</s>"]
+ASKED = ["the fox", "the  quick", "12 foxes jump", "Ünïcödé 你好", "the dog</s>"]
 
 
 def sentencepiece(folder: Path) -> Tokenizer:
