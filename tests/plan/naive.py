@@ -224,7 +224,10 @@ def bits(form: str, platform: str, n: int, k: int) -> dict[str, int]:
 def rank_bytes(
     c: Config, every: list[Tensor], forms: tuple[str, str], platform: str, shape: tuple[int, int, int, bool], rank: int
 ) -> int:
-    """Bytes of one rank. every: list(tensors(c)). forms: of linears and of routed experts. shape: TP, PP, DP, EP; rank: DP, then PP, then TP."""
+    """Bytes of one rank. every: list(tensors(c)). forms: of linears and of routed experts. shape: TP, PP, DP, EP.
+
+    Ranks count DP outermost, then PP, then TP.
+    """
     tp, pp, dp, ep = shape
     mine, stage, replica = rank % tp, rank // tp % pp, rank // (tp * pp)
     t = c.get("text_config", c)

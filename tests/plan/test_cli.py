@@ -9,29 +9,17 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from plan.models import CONFIGS, config
-from transload.errors import ConfigError, DoesNotFit, OutputExists
+from transload.errors import DoesNotFit, OutputExists
 from transload.plan import cli
-from transload.plan.calibrate import calibrated, load_constants, read_log, write_constants
 from transload.plan.discover import match
 from transload.plan.picture import plan_html, plan_svg
 from transload.plan.planner import plan
 
 RUN = CliRunner()
 QWEN = str(CONFIGS / "Qwen3-8B.json")
-
-LOG = """\
-INFO 11-22 05:00:00 [gpu_model_runner.py:5150] Model loading took 28.71 GiB memory and 61.2 seconds
-INFO 11-22 05:00:31 [gpu_worker.py:760] Available KV cache memory: 41.02 GiB
-INFO 11-22 05:00:31 [kv_cache_utils.py:2328] GPU KV cache size: 915,200 tokens, Maximum concurrency ...
-INFO 11-22 05:00:55 [gpu_model_runner.py:6582] Graph capturing finished in 20 secs, took 0.83 GiB
-INFO 11-22 05:00:55 [gpu_worker.py:1034] Free memory on device (78.6/79.18 GiB) on startup. Desired GPU memory \
-utilization is (0.92, 72.85 GiB). Actual usage is 29.42 GiB for consumed memory (weights + non-torch), 1.55 GiB for \
-peak activation, and 0.83 GiB for CUDAGraph memory. Replace gpu_memory_utilization ...
-"""
 
 
 def test_a_model_needs_no_sub_command_and_json_has_what_is_promised() -> None:
@@ -87,28 +75,6 @@ def test_reported_names_find_their_catalogue_entry() -> None:
         assert found is not None
         assert found.name == expected
     assert match("Radeon VII") is None
-
-
-def test_calibration_replaces_estimates_by_measurements(tmp_path: Path) -> None:
-    log, out = tmp_path / "engine.log", tmp_path / "constants.yaml"
-    log.write_text(LOG)
-    result = RUN.invoke(cli.app, ["calibrate", str(log), "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    assert "graphs_base: 0.830 GiB" in result.output
-    measured = plan(config("Qwen3-8B"), "1xH100", {"context": "8k"}, constants=load_constants(out))
-    lines = {line.name: line for line in measured.deployments[0].stages[0].lines}
-    assert lines["captured graphs"].kind == "measured"
-    assert lines["activation peak"].size == round(1.55 * (1 << 30))
-    assert lines["driver context"].size == pytest.approx(0.71 * (1 << 30), rel=1e-3)
-    rows = yaml.safe_load(write_constants(calibrated([read_log(log)], "cuda")))
-    assert rows["cuda"]["graphs_base"]["kind"] == "measured"
-
-
-def test_a_log_without_measurements_is_refused(tmp_path: Path) -> None:
-    log = tmp_path / "other.log"
-    log.write_text("hello\n")
-    with pytest.raises(ConfigError, match="no line of an engine's start"):
-        read_log(log)
 
 
 def test_pictures_are_well_formed_and_name_every_device() -> None:

@@ -249,6 +249,39 @@ def test_headers_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
         plan(folder, "1xH100")
 
 
+def _eight(_: str, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {"weight_packed": ("I32", (n, k // 4)), "weight_scale": ("BF16", (n, 1)), "weight_shape": ("I32", (2,))}
+
+
+def test_packed_words_are_of_the_width_that_the_config_implies(tmp_path: Path) -> None:
+    read = plan(_folder(tmp_path, _eight), "1xH100", {"context": 1024})
+    said = plan(TINY, "1xH100", {"context": 1024}, recipe="int8-channel")
+    assert read.ranks[0].weights_bytes == said.ranks[0].weights_bytes
+
+
+def _one_wrong(packing: Any, name: str, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return packing(name, n, k * 3) if name == "mlp.up_proj" else packing(name, n, k)
+
+
+@pytest.mark.parametrize(
+    ("packing", "words"),
+    [
+        (_gptq, r"up_proj.qweight is \(96, 512\), which holds \(512, 768\), the config says \(512, 256\)"),
+        (_packed, "up_proj.weight_packed has 96 words a row, which are 256 inputs of the config at"),
+    ],
+    ids=["gptq", "compressed-tensors"],
+)
+def test_packed_weights_of_the_wrong_shape_are_refused(tmp_path: Path, packing: Any, words: str) -> None:
+    with pytest.raises(FormatError, match=words):
+        plan(_folder(tmp_path, lambda name, n, k: _one_wrong(packing, name, n, k)), "1xH100")
+
+
+def test_a_module_that_is_missing_beside_its_neighbours_is_named(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, lambda name, n, k: {} if name == "mlp.up_proj" else _packed(name, n, k))
+    with pytest.raises(FormatError, match=r"model.layers.0.mlp.up_proj is missing from the checkpoint"):
+        plan(folder, "1xH100")
+
+
 def test_tensors_that_nothing_explains_are_counted_and_said(tmp_path: Path) -> None:
     extra = {"audio_tower.proj.weight": ("BF16", (1000, 100))}
     plain = plan(_folder(tmp_path, _packed), "1xH100", {"context": 1024})

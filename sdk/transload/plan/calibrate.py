@@ -1,7 +1,9 @@
 """Better constants from real starts: reads an engine's log and replaces estimates by what it measured.
 
-The lines are those of vLLM 0.32 ("Model loading took", "Actual usage is", "Graph capturing finished", "Available KV
-cache memory", "KV cache size"). Several logs are merged by the largest value: a plan should hold for all of them.
+The lines are those of vLLM 0.32 on CUDA ("Model loading took", "Actual usage is", "Graph capturing finished"), of
+vllm-ascend 0.23 ("Loading model weights took", "Actual usage: ... for non-torch memory") and of vLLM on a CPU ("memory
+was consumed by non-kv usages", "Checkpoint size"), with "KV cache size" from all of them. Several logs are merged by
+the largest value: a plan should hold for all of them.
 """
 
 from __future__ import annotations
@@ -20,11 +22,18 @@ from transload.plan.yamlfile import read_yaml
 LARGEST_LOG = 256 << 20
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _PATTERNS = {
-    "loading": re.compile(rf"Model loading took {_NUMBER} GiB"),
+    # vllm-ascend divides by 2**30 and writes GB.
+    "loading": re.compile(rf"(?:Model loading took|Loading model weights took) {_NUMBER} Gi?B"),
+    "checkpoint": re.compile(rf"Checkpoint size: {_NUMBER} GiB"),
+    "not_cache": re.compile(rf"{_NUMBER} GiB memory was consumed by non-kv usages"),
+    "not_torch": re.compile(rf"{_NUMBER} GiB for non-torch memory"),
     "consumed": re.compile(rf"Actual usage is {_NUMBER} GiB for consumed memory"),
     "activation": re.compile(rf"{_NUMBER} GiB for peak activation"),
-    "graphs": re.compile(rf"(?:Graph capturing finished in \d+ secs?, took|CUDA graph pool memory:) {_NUMBER} GiB"),
-    "available": re.compile(rf"Available KV cache memory: {_NUMBER} GiB"),
+    "graphs": re.compile(
+        rf"(?:Graph capturing finished in \d+ secs?, took|CUDA graph pool memory:) {_NUMBER} GiB"
+        rf"|{_NUMBER} GiB for NPU graph memory"
+    ),
+    "available": re.compile(rf"Available KV cache memory: {_NUMBER} GiB|Auto set \({_NUMBER}/"),
     "tokens": re.compile(r"KV cache size: ([\d,]+) tokens"),
     "utilization": re.compile(rf"Desired GPU memory utilization is \({_NUMBER},"),
     "tp": re.compile(r"'tensor_parallel_size': (\d+)"),
@@ -33,10 +42,16 @@ _PATTERNS = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one log says, in GiB (tokens: a count). A missing line is None."""
+    """What one log says, in GiB (tokens: a count). A missing line is None.
+
+    not_cache: a CPU worker's whole memory before its cache. not_torch: driver, libraries and communicators.
+    """
 
     source: str
     loading: float | None = None
+    checkpoint: float | None = None
+    not_cache: float | None = None
+    not_torch: float | None = None
     consumed: float | None = None
     activation: float | None = None
     graphs: float | None = None
@@ -44,6 +59,17 @@ class Measured:
     tokens: float | None = None
     utilization: float | None = None
     tp: float | None = None
+
+    @property
+    def beside(self) -> float | None:
+        """GiB that are neither weights nor activations nor cache, None when the log does not say."""
+        if self.not_torch is not None:
+            return self.not_torch
+        if self.consumed is not None and self.loading is not None:
+            return max(0.0, self.consumed - self.loading)
+        if self.not_cache is not None and self.checkpoint is not None:
+            return max(0.0, self.not_cache - self.checkpoint / (self.tp or 1))
+        return None
 
 
 def read_log(path: Path) -> Measured:
@@ -56,10 +82,15 @@ def read_log(path: Path) -> Measured:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    found = {name: [float(x.replace(",", "")) for x in p.findall(text)] for name, p in _PATTERNS.items()}
-    if not (found["loading"] or found["consumed"] or found["graphs"]):
+    found = {name: [_number(m) for m in pattern.finditer(text)] for name, pattern in _PATTERNS.items()}
+    if not (found["loading"] or found["consumed"] or found["graphs"] or found["not_cache"]):
         raise ConfigError(f"{path}: no line of an engine's start, such as 'Model loading took ... GiB'")
     return Measured(str(path.name), **{name: max(values) for name, values in found.items() if values})
+
+
+def _number(match: re.Match[str]) -> float:
+    """The one group of a pattern's alternatives that matched."""
+    return float(next(g for g in match.groups() if g is not None).replace(",", ""))
 
 
 def calibrated(
@@ -73,8 +104,8 @@ def calibrated(
         if log.graphs is not None:
             _raise(rows, "graphs_base", log.graphs, source)
             rows["graphs_per_layer"] = Constant(value="0 B", kind="measured", source=source)
-        if log.consumed is not None and log.loading is not None:
-            beside = max(0.0, log.consumed - log.loading)
+        beside = log.beside
+        if beside is not None:
             if (log.tp or 1) <= 1:
                 _raise(rows, "context", beside, source)
             else:

@@ -6,7 +6,7 @@ config of another model, or a half-written checkpoint, is found before anything 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transload.errors import FormatError
@@ -56,11 +56,16 @@ def read_stored(headers: Mapping[str, TensorInfo], info: ModelInfo, description:
     """
     modules = _by_module(headers)
     schemes = {}
+    inputs = {
+        f"{info.names.layers}.{i}.{m.name}".replace("{e}", "0"): m.k
+        for i in range(info.layers)
+        for m in layer_modules(info, i)
+    }
     for name, tensors in modules.items():
-        scheme = _scheme(name, tensors, description)
+        scheme = _scheme(name, tensors, description, inputs.get(name))
         if scheme is not None:
             schemes[name] = scheme
-    _check(info, modules, schemes)
+    _check(info, modules)
     other = [t for t in headers.values() if _unexplained(t.name, info)]
     return Stored(schemes, sum(t.nbytes for t in other), tuple(t.name for t in other[:3]))
 
@@ -83,11 +88,11 @@ def _by_module(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorI
     return out
 
 
-def _scheme(name: str, t: Mapping[str, TensorInfo], description: Mapping[str, object]) -> Scheme | None:
+def _scheme(name: str, t: Mapping[str, TensorInfo], description: Mapping[str, object], k: int | None) -> Scheme | None:
     if "qweight" in t and "scales" in t:
         return _packed(t)
     if "weight_packed" in t:
-        return _compressed(t)
+        return _compressed(t, k)
     weight = t.get("weight")
     if weight is None:
         return None
@@ -111,14 +116,21 @@ def _packed(t: Mapping[str, TensorInfo]) -> Scheme:
     return integer(4, _group(words[0], scales[0]), asymmetric=True)
 
 
-def _compressed(t: Mapping[str, TensorInfo]) -> Scheme:
+def _compressed(t: Mapping[str, TensorInfo], k: int | None) -> Scheme:
+    """k: inputs by the config, None for modules that it does not describe."""
     packed, scale = t["weight_packed"], t.get("weight_scale")
     if scale is None:
         raise FormatError(f"{packed.file}: {packed.name} has no weight_scale beside it")
     if packed.dtype == "U8":
         return NVFP4 if scale.dtype.startswith("F8_E4M3") else MXFP4
-    k = packed.shape[-1] * 8
-    return integer(4, _group(k, scale.shape[-1]), "weight_zero_point" in t, "weight_g_idx" in t)
+    k = packed.shape[-1] * 8 if k is None else k
+    fitting = [b for b in (4, 8, 2, 3, 5, 6, 7) if packed.shape[-1] in (-(-k * b // 32), -(-k // (32 // b)))]
+    if not fitting:
+        raise FormatError(
+            f"{packed.file}: {packed.name} has {packed.shape[-1]} words a row, which are {k} inputs of the config at "
+            "no width from 2 to 8 bits"
+        )
+    return integer(fitting[0], _group(k, scale.shape[-1]), "weight_zero_point" in t, "weight_g_idx" in t)
 
 
 def _fp8(t: Mapping[str, TensorInfo]) -> Scheme:
@@ -140,27 +152,66 @@ def _group(k: int, groups: int) -> int:
     return -1 if groups <= 1 else -(-k // groups)
 
 
-def _check(info: ModelInfo, modules: Mapping[str, Mapping[str, TensorInfo]], schemes: Mapping[str, Scheme]) -> None:
-    """Compares float weights of every layer with the config, and asks for every module of the first and last layer."""
+def _check(info: ModelInfo, modules: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+    """Compares every module of every layer with the config; layers that lie in the file have all of their modules.
+
+    Modules that a checkpoint may store fused (experts in one tensor, qkv in one) are asked for only where one of their
+    kind lies beside them under the config's names.
+    """
     for i in range(info.layers):
-        for module in layer_modules(info, i):
-            if not module.name or module.k == 1:
-                continue
-            name = f"{info.names.layers}.{i}.{module.name}".replace("{e}", "0")
-            tensors = modules.get(name)
-            if tensors is None:
-                continue
-            _check_shape(name, module, tensors, schemes.get(name))
+        prefix = f"{info.names.layers}.{i}."
+        asked = [m for m in layer_modules(info, i) if m.name and m.k > 1]
+        found = {m.name: modules.get(prefix + m.name.replace("{e}", "0")) for m in asked}
+        for module in asked:
+            if (tensors := found[module.name]) is not None:
+                _check_shape(module, tensors)
+            elif any(found[m.name] is not None for m in asked if _siblings(m, module)):
+                name = prefix + module.name.replace("{e}", "0")
+                raise FormatError(f"{name} is missing from the checkpoint, which has its neighbours; is it complete?")
 
 
-def _check_shape(name: str, module: Module, t: Mapping[str, TensorInfo], scheme: Scheme | None) -> None:
-    weight = t.get("weight")
-    if weight is None or scheme is None or weight.dtype not in (*_FLOATS, "F8_E4M3") or len(weight.shape) != 2:
-        return
-    if tuple(weight.shape) != (module.n, module.k):
-        raise FormatError(
-            f"{weight.file}: {weight.name} is {tuple(weight.shape)}, the config says ({module.n}, {module.k})"
-        )
+def _siblings(a: Module, b: Module) -> bool:
+    """Modules of one parent (self_attn, mlp), none of which is a router."""
+    return a.quantizable and b.quantizable and a.name.rpartition(".")[0] == b.name.rpartition(".")[0]
+
+
+def _check_shape(module: Module, t: Mapping[str, TensorInfo]) -> None:
+    """The values that a stored tensor holds: N x K of the config, whatever the packing."""
+    for suffix, read in _EXTENTS.items():
+        stored = t.get(suffix)
+        if stored is None or len(stored.shape) != 2 or (suffix == "weight" and stored.dtype == "U8"):
+            continue
+        holds = read(stored.shape, t)
+        if holds is not None and holds != (module.n, module.k):
+            shape = tuple(stored.shape)
+            means = "" if holds == shape else f", which holds {holds}"
+            raise FormatError(
+                f"{stored.file}: {stored.name} is {shape}{means}, the config says ({module.n}, {module.k})"
+            )
+
+
+def _packed_words(shape: Sequence[int], t: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
+    """(N, K) of GPTQ's [K x bits / 32, N] or AWQ's [K, N x 4 / 32] words, told apart as `_packed` does."""
+    scales = t.get("scales")
+    if scales is None or len(scales.shape) != 2:
+        return None
+    if shape[-1] == scales.shape[-1]:
+        bits = _packed(t).bits
+        return shape[-1], shape[0] * 32 // bits
+    return shape[-1] * 8, shape[0]
+
+
+def _compressed_words(shape: Sequence[int], t: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
+    """(N, K) of two FP4 codes a byte. Words of 32 bits hold any width, which `_compressed` tells by K."""
+    return (shape[0], shape[1] * 2) if t["weight_packed"].dtype == "U8" else None
+
+
+def _plain(shape: Sequence[int], t: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
+    """(N, K) of a weight with a number an element; msModelSlim packs two rows of int4 into one of int8."""
+    return None if t["weight"].dtype == "I8" and "scale_bias" in t else (shape[0], shape[1])
+
+
+_EXTENTS = {"weight": _plain, "qweight": _packed_words, "weight_packed": _compressed_words}
 
 
 def _unexplained(name: str, info: ModelInfo) -> bool:
