@@ -207,6 +207,7 @@ def test_biases_of_zeros_that_gptq_tools_store_are_left_out_and_named(tmp_path: 
         ({"num_attention_heads": 3}, "128 rows, config.json says"),
         ({"multi_query_group_num": 4}, "expected at least 192 rows"),
         ({"num_layers": -1}, "'num_layers' is -1"),
+        ({"num_attention_heads": 1 << 30, "multi_query_attention": False}, "1073741824 heads"),
     ],
 )
 def test_a_model_that_glm_does_not_compute_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_a_folder_without_the_publishers_tokenizer_is_left_alone(tmp_path: Path)
 @pytest.mark.parametrize(
     ("data", "settings", "reason"),
     [
+        (b"\n".join(base64.b64encode(t) + b" %d" % i for i, t in enumerate((b"a", b"b" * 2000))), {}, "2000 letters"),
         (b"\x00\xff broken", {}, "neither a tiktoken vocabulary nor a sentencepiece model"),
         (b"", {}, "it has no pieces"),
         (b"\x0a\x7f\x0a", {}, "ends after the data"),

@@ -23,6 +23,7 @@ Config = Mapping[str, object]
 REMOTE, NATIVE = "chatglm", "glm"  # model_type
 _BASE = 10000.0  # of rotary positions, before rope_ratio
 _INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
+_MOST_HEADS = 4096
 _END_OF_TEXT = {65024: 2}  # padded vocabulary -> end token, where ChatGLM2's config.json has none
 
 # Fields of modeling_chatglm.py that have one value in every model that `glm` computes, and what another would mean.
@@ -142,6 +143,8 @@ def _not_native(f: Fields) -> Iterator[str]:
     for name, wanted, meaning in _FIXED:
         if f.flag(name, default=wanted) is not wanted:
             yield f"{meaning} ({name})"
+    if f.count("num_attention_heads") > _MOST_HEADS:
+        yield f"it says that it has {f.count('num_attention_heads')} heads"
     if f.count("kv_channels") % 4:
         yield f"half of its heads of {f.count('kv_channels')} is no whole number of pairs"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from transload.models.sentencepiece import SentencePiece, read_sentencepiece
 
 _MODEL, _JSON, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _CODE = "tokenization_chatglm.py"
-_MOST_BYTES = 1 << 26
+_MOST_BYTES, _MOST_CODE = 1 << 26, 1 << 20
+_LONGEST = 1024  # letters of a token; merges are looked for at every place in it
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -51,11 +52,13 @@ def native_files(folder: Path) -> dict[str, bytes]:
         raise FormatError(f"{model}: {model.stat().st_size} bytes are too many for a vocabulary")
     data = model.read_bytes()
     ranks = _ranks(data)
+    _check_lengths(ranks, model)
     if ranks:
         special = _special(settings, _GLM4_SPECIAL, len(ranks), model)
         tokenizer, names = _tiktoken(ranks, special), ("<sop>", "<|endoftext|>", "<|endoftext|>")
     else:
         pieces = read_sentencepiece(data, str(model))
+        _check_lengths(pieces.tokens, model)
         usual = _CHATGLM_SPECIAL if _knows_roles(folder, settings) else _CHATGLM_SPECIAL[:5]
         special = _special(settings, usual, len(pieces.tokens), model)
         tokenizer, names = _sentencepiece(pieces, special), ("sop", "</s>", "<unk>")
@@ -67,7 +70,8 @@ def native_files(folder: Path) -> dict[str, bytes]:
 def _knows_roles(folder: Path, settings: Mapping[str, object]) -> bool:
     """True for ChatGLM3: its chat template, or the code beside it, names the roles."""
     code = folder / _CODE
-    text = code.read_text(encoding="utf-8", errors="replace") if code.is_file() else ""
+    small = code.is_file() and code.stat().st_size < _MOST_CODE
+    text = code.read_text(encoding="utf-8", errors="replace") if small else ""
     return _ROLES[-1] in json.dumps(settings) or _ROLES[-1] in text
 
 
@@ -94,6 +98,12 @@ def _special(settings: Mapping[str, object], usual: Sequence[str], first: int, f
     if list(found.values()) != list(range(first, first + len(found))):
         raise FormatError(f"{file.parent / _CONFIG}: special tokens {found} do not follow the {first} of {file.name}")
     return found
+
+
+def _check_lengths(tokens: Iterable[bytes | str], file: Path) -> None:
+    longest = max(map(len, tokens), default=0)
+    if longest > _LONGEST:
+        raise FormatError(f"{file}: a token of {longest} letters; {_LONGEST} are more than any vocabulary has")
 
 
 def _ranks(data: bytes) -> dict[bytes, int]:
