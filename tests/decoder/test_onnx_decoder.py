@@ -147,3 +147,12 @@ def test_offsets_have_no_place_in_the_graph(tmp_path: Path) -> None:
     build(next(case for case in CASES if case.arch == "llama"), tmp_path / "m.gguf")
     with pytest.raises(CannotHold, match="mins"):
         transload.port(tmp_path / "m.gguf", tmp_path / "onnx", to="onnx")
+
+
+def test_activations_count_for_requantized_modules_too(tmp_path: Path) -> None:
+    _quantized("llama", tmp_path)
+    asked = {"requantize": "int4-g32", "requantize_all": True, "activations": "int8"}
+    report = transload.port(tmp_path / "float", tmp_path / "onnx", to="onnx", **asked)
+    assert any("int8 by token and block" in note for note in report.notes)
+    specs = [e.spec for e in transload.open(tmp_path / "onnx").entries.values() if e.spec is not None]
+    assert {s.act.group_size for s in specs} == {32}

@@ -85,6 +85,6 @@ class OnnxFolder(Folder):
 
     def _made_graph(self) -> bytes:
         quantized = {o.name: o.spec for o in self.plan.outputs() if o.spec is not None}
-        shapes = {e.name: e.shape for e in self.source.entries.values() if e.spec is not None}
+        shapes = {e.name.removesuffix(".weight"): e.shape for e in self.source.entries.values()}
         tensors = {n: Stored(DATA_TYPES[s.dtype], s.shape, s.start, s.nbytes) for n, s in self._slots.items()}
         return decoder_graph(self.shape, Weights(quantized, shapes, tensors), DATA)

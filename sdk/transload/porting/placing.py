@@ -22,6 +22,7 @@ from transload.rewrite import exact_forms
 # Float linears that a scheme for everything is for. kv_b_proj is absorbed into attention when a model is loaded.
 _LINEARS = ("attention", "shared_experts", "experts", "mlp")
 _ABSORBED = "kv_b_proj"
+_COMMON = 4  # a width that every container of quantized weights has
 
 
 class Placer:
@@ -86,6 +87,13 @@ class Placer:
                 return form
         return None
 
+    def rounds_to(self, name: str, scheme: QuantSpec, shape: tuple[int, ...]) -> QuantSpec | None:
+        """The form of a scheme that numbers are rounded to. Four bits kept in eight are not what was asked for."""
+        form = self.taken(name, scheme, shape)
+        if form is None or form.bits == scheme.bits:
+            return form
+        return None if scheme.bits == _COMMON or form.zero is not scheme.zero else form
+
     def refuses(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
         """The target's answer for a scheme and shape."""
         key = (spec, shape, ".experts." in name, self.biased(name))
@@ -106,9 +114,9 @@ class Placer:
     def _rounded(
         self, name: str, scheme: QuantSpec, spec: QuantSpec | None, shape: tuple[int, ...], expert: int | None
     ) -> Output:
-        form = self.taken(name, scheme, shape)
-        if form is not None and form.bits > scheme.bits and form.zero is not scheme.zero:
-            form = None  # zero points folded into wider codes: exact, and not what was asked for
+        if self.options.act is not None:
+            scheme = replace(scheme, act=self.options.act[0])
+        form = self.rounds_to(name, scheme, shape)
         if form is None:
             self.refusals[name] = f"{scheme} instead of {spec or 'float'}: {self.reason(name, scheme, shape)}"
             return Output(name, Action.REQUANTIZE, scheme, {}, expert, scheme)
