@@ -156,7 +156,8 @@ def test_sizes_and_tokens() -> None:
 def test_the_catalogue_is_complete() -> None:
     names = {d.name for d in devices().values()}
     assert {"T4", "B200", "H100", "Ascend-310P-Duo", "Ascend-910B1", "Ascend-910B4", "Ascend-A3-die"} <= names
-    assert all(d.source and d.flops for d in devices().values())
+    assert all(d.flops for d in devices().values())
+    assert all("https://" in d.source or "general knowledge" in d.source for d in devices().values())
     assert device("a3").island == 16
 
 
