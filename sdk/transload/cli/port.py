@@ -120,6 +120,8 @@ def _print_report(console: Console, report: PortReport, every: bool) -> None:
         f"{report.seconds:.1f} s ({size(rate)}/s); {report.carried} float tensors{files} carried; "
         f"read back and compared: {proof}"
     )
+    if report.executed:
+        console.print(_executed(report))
     for note in report.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     console.print()
@@ -134,6 +136,22 @@ def _engines(report: PortReport) -> list[tuple[str, str, str]]:
     rows = [(a.engine, "[green]yes[/]", escape(a.command)) for a in report.engines if a.command is not None]
     rows += [(a.engine, "[red]no[/]", escape(a.reason)) for a in report.engines if a.reason and a.engine not in others]
     return rows + ([("others", "[red]no[/]", f"load other formats: {', '.join(others)}")] if others else [])
+
+
+def _executed(report: PortReport) -> Table:
+    """What the target's engine really multiplies with."""
+    rows = [
+        (
+            "routed experts" if e.experts else "layers",
+            e.requested,
+            e.written,
+            f"[green]{e.executed}[/]" if e.as_requested else f"[yellow]{e.executed}[/]",
+            e.kernel,
+            str(e.modules),
+        )
+        for e in report.executed
+    ]
+    return table(("precision", "asked for", "written", "runs as", "kernel", ">count"), rows)
 
 
 def _modules(report: PortReport, every: bool) -> Table:

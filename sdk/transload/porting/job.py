@@ -20,7 +20,9 @@ from transload.porting.calibrated import left_out_notes
 from transload.porting.container import Container
 from transload.porting.fingerprint import fingerprint, stored_fingerprint
 from transload.porting.moving import Value, encoded, experts_of, moved, packed_values, together, values
+from transload.porting.notes import plan_notes
 from transload.porting.plan import Action, Output, Step
+from transload.porting.precision import executions
 from transload.porting.report import Moved, PortReport, engine_answers, words
 from transload.porting.stream import Ahead, Behind, Budget
 from transload.porting.verify import Place, Reader, places
@@ -110,7 +112,8 @@ class Job:
             bytes_after=self._made_bytes,
             seconds=seconds,
             engines=engine_answers(self.plan, self.container.result()),
-            notes=tuple(self._notes()),
+            notes=(*self._notes(), *plan_notes(self.plan, {n: together(d) for n, d in self._differences.items()})),
+            executed=executions(self.plan),
         )
 
     def _tell(self, what: str) -> None:

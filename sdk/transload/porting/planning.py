@@ -89,7 +89,7 @@ def auto_schemes(source: Checkpoint, target: Target, options: Options) -> Scheme
         (narrow if spec is not None and spec.bits <= _NARROW_BITS else wide).append((name, shape))
     choices = []
     for modules, texts, bits in ((narrow, NARROW, _NARROW_BITS), (wide, WIDE, 16)):
-        taken = (s for s in map(parse_spec, texts) if all(placer.taken(name, s, shape) for name, shape in modules))
+        taken = (s for s in map(parse_spec, texts) if all(placer.rounds_to(name, s, shape) for name, shape in modules))
         scheme = next(taken, None) if modules else None
         if modules and scheme is None:
             return None

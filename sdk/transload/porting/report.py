@@ -10,6 +10,7 @@ from transload.engines import ENGINES, Engine, Layer
 from transload.formats.base import Format
 from transload.formats.limits import listed
 from transload.porting.plan import Output, PortPlan
+from transload.porting.precision import Execution
 from transload.quant import QuantSpec
 from transload.requantize import Difference
 
@@ -38,7 +39,10 @@ class EngineAnswer:
 
 @dataclass(frozen=True, slots=True)
 class PortReport:
-    """The answer of `port`. Bytes are of tensors; carried counts float tensors and buffers."""
+    """The answer of `port`. Bytes are of tensors; carried counts float tensors and buffers.
+
+    executed: for an engine as the target, the precision that it really runs in.
+    """
 
     source: str
     target: str
@@ -52,6 +56,7 @@ class PortReport:
     seconds: float
     engines: tuple[EngineAnswer, ...]
     notes: tuple[str, ...]
+    executed: tuple[Execution, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -82,18 +87,21 @@ def words(output: Output) -> str:
 
 def engine_answers(plan: PortPlan, path: Path) -> tuple[EngineAnswer, ...]:
     """Every engine that knows the format, with its command, or the first module that it does not run."""
-    quantized = [(o.name, o.spec) for o in plan.outputs() if o.spec is not None]
+    names = {name for o in plan.outputs() for name in o.tensors}
+    quantized = [(o.name, o.spec, f"{o.name}.bias" in names) for o in plan.outputs() if o.spec is not None]
     return tuple(_answer(engine, plan.format, quantized, path) for engine in ENGINES)
 
 
-def _answer(engine: Engine, format: Format, quantized: Sequence[tuple[str, QuantSpec]], path: Path) -> EngineAnswer:
+def _answer(
+    engine: Engine, format: Format, quantized: Sequence[tuple[str, QuantSpec, bool]], path: Path
+) -> EngineAnswer:
     loaded = list(dict.fromkeys(rule.format for rule in engine.rules))
     # Plain floats in safetensors are every vLLM's own format, and need no flag.
     plain = not quantized and format.container == "safetensors" and engine.name.startswith("vllm")
     if format.name not in loaded and not plain:
         return EngineAnswer(engine.label, None, f"loads {listed(loaded)}, not {format.name}")
-    for name, spec in quantized:
-        covered = engine.covers(format.name, Layer(spec, experts=".experts." in name))
+    for name, spec, bias in quantized:
+        covered = engine.covers(format.name, Layer(spec, experts=".experts." in name, bias=bias))
         if isinstance(covered, str):
             return EngineAnswer(engine.label, None, f"{name} ({spec}): {covered}")
     # The flag of vllm-ascend names msModelSlim's description; other formats are found in config.json.
