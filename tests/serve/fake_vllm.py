@@ -48,13 +48,35 @@ class Handler(BaseHTTPRequestHandler):
             return
         with lock:
             active += 1
-        time.sleep(given.get("seconds", 0.05))
-        message = {"role": "assistant", "content": f"echo: {asked['messages'][-1]['content']}"}
-        self.answer(
-            200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 3}}
-        )
-        with lock:
-            active -= 1
+        try:
+            if asked.get("stream"):
+                self.stream(asked)
+            else:
+                time.sleep(given.get("seconds", 0.05))
+                self.answer(200, {"choices": [{"message": {"content": said(asked)}, "finish_reason": "stop"}]})
+        finally:
+            with lock:
+                active -= 1
+
+    def stream(self, asked: dict) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        words = [*said(asked).split(), None]
+        for word in words:
+            time.sleep(given.get("seconds", 0.05) / len(words))
+            choice = {"delta": {"content": word}, "finish_reason": None if word else "stop"}
+            self.piece(f"data: {json.dumps({'choices': [choice]})}\n\n")
+        self.piece("data: [DONE]\n\n")
+        self.piece("")
+
+    def piece(self, text: str) -> None:
+        self.wfile.write(f"{len(text):x}\r\n{text}\r\n".encode())
+        self.wfile.flush()
+
+
+def said(asked: dict) -> str:
+    return f"echo: {asked['messages'][-1]['content']}"
 
 
 class Server(ThreadingHTTPServer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from transload.serve.health import free_port
 from transload.serve.prepare import Wishes, launch_starts
 
 Behave = Callable[..., None]
+LOAD_TEST = Path(__file__).parents[2] / "examples" / "load_test.py"
 
 
 def spread(checkpoint: Path) -> Plan:
@@ -153,6 +155,25 @@ def test_a_dry_run_prints_the_command(checkpoint: Path, tmp_path: Path) -> None:
     )
     assert f"vllm serve {checkpoint}" in done.stdout
     assert "--kv-cache-memory-bytes" in done.stdout
+
+
+@pytest.mark.usefixtures("engine")
+def test_no_request_is_lost_when_the_server_is_stopped_under_load(
+    checkpoint: Path, tmp_path: Path, behave: Behave, run: Callable[..., Node]
+) -> None:
+    pytest.importorskip("httpx")
+    behave(seconds=0.5)
+    port = free_port()
+    node = run("serve", checkpoint, "--port", port, "--context", "1k", "--logs", tmp_path / "logs")
+    url = str(node.wait("ready")["url"])
+    options = ["--chats", "16", "--seconds", "4", "--stop-pid", str(node.process.pid)]
+    done = subprocess.run([sys.executable, str(LOAD_TEST), url, *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answered, lost, refused = map(int, re.findall(r"(\d+) (?:answered|lost|refused)", done.stdout))
+    assert answered >= 16
+    assert lost == 0
+    assert refused > 0
+    assert node.process.wait(20) == 0
 
 
 @pytest.mark.usefixtures("engine")

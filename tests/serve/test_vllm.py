@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import transload
 from transload.serve.events import Event
 from transload.serve.service import Service
 
+LOAD_TEST = Path(__file__).parents[2] / "examples" / "load_test.py"
 PYTHON = os.environ.get("TRANSLOAD_VLLM_PYTHON")
 MODELS = os.environ.get("TRANSLOAD_TEST_MODELS")
 GGUF = Path(MODELS or "") / "qwen2.5-coder-0.5b-instruct.gguf"
@@ -65,6 +69,7 @@ def stream(service: Service, question: str, tokens: int, **more: object) -> tupl
     return len(pieces), "".join(pieces), lines[-1] == "[DONE]"
 
 
+@pytest.mark.skipif(find_spec("httpx") is None, reason="examples/load_test.py needs httpx")
 def test_one_worker_chats_streams_and_drains(ported: Path, tmp_path: Path) -> None:
     heard: list[Event] = []
     drained: list[tuple[int, str, bool]] = []
@@ -82,6 +87,9 @@ def test_one_worker_chats_streams_and_drains(ported: Path, tmp_path: Path) -> No
         assert chunks > 2
         assert "Paris" in text
         assert done
+        load = [sys.executable, str(LOAD_TEST), service.base_url, "--chats", "4", "--seconds", "10", "--tokens", "8"]
+        tested = subprocess.run(load, capture_output=True, text=True, timeout=300)
+        assert " 0 lost" in tested.stdout, tested.stdout + tested.stderr
         running = threading.Thread(
             target=lambda: drained.append(stream(service, "Count to one hundred.", 60, ignore_eos=True))
         )
