@@ -74,6 +74,15 @@ FAMILIES: dict[str, Family] = {
         lambda: transformers.Qwen3_5TextConfig(**_SIZES | _DELTA),
         (*_QKVO, *_MLP, "linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"), _ENDS | _LINEAR,
     ),
+    "qwen3_5_vl": Family(
+        lambda: transformers.Qwen3_5Config(
+            text_config=_SIZES | _DELTA,
+            vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+                           "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
+        ),
+        (*_QKVO, *_MLP, "linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"),
+        _ENDS | _LINEAR | {"vision or audio tower"}, "model.language_model.layers.*",
+    ),
     "qwen3_5_moe": Family(
         lambda: transformers.Qwen3_5MoeTextConfig(
             **_MOE | _DELTA, num_experts=4, shared_expert_intermediate_size=32
@@ -130,8 +139,8 @@ FAMILIES: dict[str, Family] = {
 
 def model_class(config: PretrainedConfig) -> Any:
     """transformers' generating class for a configuration."""
-    known = AutoModelForCausalLM._model_mapping
-    return known[type(config)] if type(config) in known else AutoModelForImageTextToText._model_mapping[type(config)]
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    return auto._model_mapping[type(config)]
 
 
 def make(name: str, folder: Path) -> PretrainedConfig:
