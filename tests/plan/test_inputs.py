@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from plan.models import config
+from plan.models import CONFIGS, config
 from transload.errors import ConfigError, FormatError, TransloadError
+from transload.plan import cli
 from transload.plan.catalogue import device, devices
 from transload.plan.cluster import Cluster, load_cluster
 from transload.plan.planner import checked_workload, plan
 from transload.plan.recipes import recipe_by_name
 from transload.plan.sources import load_model
 from transload.plan.units import parse_size, parse_tokens
+from transload.plan.workload import Workload
 from transload.plan.yamlfile import LARGEST_FILE
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "clusters"
@@ -161,12 +164,38 @@ def test_the_catalogue_is_complete() -> None:
     assert device("a3").island == 16
 
 
-def test_the_published_schema_is_the_one_in_use() -> None:
-    schema = json.loads((EXAMPLES / "cluster.schema.json").read_text())
-    assert schema == Cluster.model_json_schema()
+@pytest.mark.parametrize("kind", [Cluster, Workload], ids=["cluster", "workload"])
+def test_the_published_schema_is_the_one_in_use(kind: type[Cluster | Workload]) -> None:
+    schema = json.loads((EXAMPLES / f"{kind.__name__.lower()}.schema.json").read_text())
+    assert schema == kind.model_json_schema()
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda f: f.stem)
+def test_a_workload_file_is_read_and_options_come_first(tmp_path: Path) -> None:
+    file = tmp_path / "w.yaml"
+    file.write_text("context: 16k\nconcurrency: 4\nkv_dtype: fp8\n")
+    assert checked_workload(file) == Workload(context="16k", concurrency=4, kv_dtype="fp8")
+    run = CliRunner().invoke(
+        cli.app,
+        [str(CONFIGS / "Qwen3-8B.json"), "-c", "1xH100", "--workload", str(file), "--concurrency", "8", "--json"],
+    )
+    answer = json.loads(run.output)
+    assert (answer["context"], answer["concurrency"]) == (16384, 8)
+    assert answer["deployments"][0]["kv_cache_dtype"] == "fp8"
+    file.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected a mapping such as"):
+        checked_workload(file)
+
+
+def test_schemas_are_printed() -> None:
+    for what, field in [("cluster", "nodes"), ("workload", "context"), ("plan", "deployments")]:
+        run = CliRunner().invoke(cli.app, ["schema", what])
+        assert field in json.loads(run.output)["properties"]
+    assert isinstance(CliRunner().invoke(cli.app, ["schema", "cloud"]).exception, ConfigError)
+
+
+@pytest.mark.parametrize(
+    "file", sorted(f for f in EXAMPLES.glob("*.yaml") if f.stem != "workload"), ids=lambda f: f.stem
+)
 def test_example_clusters_load_and_plan(file: Path) -> None:
     assert plan(config("Qwen3-8B"), file, {"context": "8k"}, recipe="w8a8").ranks
 

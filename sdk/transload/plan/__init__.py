@@ -56,7 +56,7 @@ class _Planner(ModuleType):
         self,
         model: ModelSource,
         cluster: Cluster | Mapping[str, object] | str | Path,
-        workload: Workload | Mapping[str, object] | None = None,
+        workload: Workload | Mapping[str, object] | str | Path | None = None,
         *,
         recipe: str | None = None,
         tp: int | None = None,

@@ -16,6 +16,8 @@ from typer.core import TyperGroup
 from transload.errors import ConfigError, OutputExists
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from transload.plan.cluster import Cluster
     from transload.plan.planner import Question
     from transload.plan.result import Plan
@@ -49,15 +51,18 @@ def plan_model(
         str | None,
         typer.Option("--cluster", "-c", help="A cluster file, or 8xH100, or 2x16xA3. Without it: this machine."),
     ] = None,
-    context: Annotated[str, typer.Option(help="The longest sequence, 32k = 32768.")] = "8k",
-    concurrency: Annotated[int, typer.Option(help="Sequences that run at once.")] = 16,
+    workload: Annotated[Path | None, typer.Option(help="A workload file; options given beside it come first.")] = None,
+    context: Annotated[str | None, typer.Option(help="The longest sequence, 32k = 32768 [default: 8k].")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Sequences that run at once [default: 16].")] = None,
     prompt: Annotated[str | None, typer.Option(help="Tokens of a typical prompt.")] = None,
     output: Annotated[str | None, typer.Option(help="Tokens of a typical answer.")] = None,
     hold_all: Annotated[bool, typer.Option("--hold-all", help="All sequences at full context must fit.")] = False,
     recipe: Annotated[
         str | None, typer.Option(help="As if quantized so: int4-g128, w4a8, fp8 ..., or cuda=int4-g128,ascend=w4a8.")
     ] = None,
-    objective: Annotated[str, typer.Option(help="throughput, latency, tokens or fewest.")] = "throughput",
+    objective: Annotated[
+        str | None, typer.Option(help="throughput, latency, tokens or fewest [default: throughput].")
+    ] = None,
     tp: Annotated[int | None, typer.Option("--tp", help="Tensor parallel size.")] = None,
     pp: Annotated[int | None, typer.Option("--pp", help="Pipeline stages.")] = None,
     dp: Annotated[int | None, typer.Option("--dp", help="Data parallel size of one instance.")] = None,
@@ -67,9 +72,9 @@ def plan_model(
     gpu_memory_utilization: Annotated[
         float | None, typer.Option(help="Fraction of a device that the engine may use.")
     ] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help="bf16, fp8 or int8.")] = "bf16",
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="bf16, fp8 or int8 [default: bf16].")] = None,
     max_num_batched_tokens: Annotated[str | None, typer.Option(help="Tokens of a prefill batch.")] = None,
-    speculative_tokens: Annotated[int, typer.Option(help="MTP tokens a step, 0 = off.")] = 0,
+    speculative_tokens: Annotated[int | None, typer.Option(help="MTP tokens a step, 0 = off [default: 0].")] = None,
     constants: Annotated[Path | None, typer.Option(help="A file that `calibrate` wrote.")] = None,
     what_if: Annotated[bool, typer.Option("--what-if", help="Also list single changes that make it fit.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="All reasons, in sentences.")] = False,
@@ -80,14 +85,17 @@ def plan_model(
     """Where every shard goes, with every byte accounted for; or why it does not fit. Exit code 2 when it does not."""
     from transload.plan.calibrate import load_constants
     from transload.plan.planner import answer, ask, checked_wish
+    from transload.plan.workload import read_workload
 
-    workload = {
-        "context": context, "concurrency": concurrency, "prompt": prompt, "output": output, "hold_all": hold_all,
+    given = {
+        "context": context, "concurrency": concurrency, "prompt": prompt, "output": output,
+        "hold_all": hold_all or None,
         "kv_dtype": kv_cache_dtype, "batched_tokens": max_num_batched_tokens, "objective": objective,
         "speculative_tokens": speculative_tokens,
     }  # fmt: skip
+    asked = read_workload(workload) if workload is not None else {}
     question = replace(
-        ask(model, _cluster(cluster), {name: value for name, value in workload.items() if value is not None}, recipe),
+        ask(model, _cluster(cluster), {**asked, **{n: v for n, v in given.items() if v is not None}}, recipe),
         wish=checked_wish(tp, pp, dp, ep, dcp),
         engine=engine,
         utilization=gpu_memory_utilization,
@@ -121,6 +129,21 @@ def init(
 
     _new_file(file, cluster_text(), overwrite)
     print(f"wrote {file}; edit it, then: transload plan MODEL --cluster {file}")
+
+
+@app.command("schema")
+def schema(what: Annotated[str, typer.Argument(help="cluster, workload or plan.")] = "cluster") -> None:
+    """Prints the JSON schema of cluster files, workload files, or of the plan that --json prints."""
+    import json
+
+    from transload.plan.cluster import Cluster
+    from transload.plan.result import Plan
+    from transload.plan.workload import Workload
+
+    known: dict[str, type[BaseModel]] = {"cluster": Cluster, "workload": Workload, "plan": Plan}
+    if what not in known:
+        raise ConfigError(f"schema of '{what[:40]}': there are {', '.join(known)}")
+    print(json.dumps(known[what].model_json_schema(), indent=2))
 
 
 @app.command("calibrate")

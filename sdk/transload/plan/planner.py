@@ -21,7 +21,7 @@ from transload.plan.result import Option, Parallelism, Plan
 from transload.plan.roofline import router_weights
 from transload.plan.search import ANY_SHAPE, Candidate, Search, Wish, bound_tokens, pareto, satisfied, score
 from transload.plan.sources import ModelSource, load_model
-from transload.plan.workload import Workload
+from transload.plan.workload import Workload, read_workload
 
 MOST_REJECTED, MOST_OPTIONS = 60, 24
 
@@ -47,7 +47,7 @@ class Question:
 def ask(
     model: ModelSource,
     cluster: Cluster | Mapping[str, object] | str | Path,
-    workload: Workload | Mapping[str, object] | None = None,
+    workload: Workload | Mapping[str, object] | str | Path | None = None,
     recipe: str | None = None,
 ) -> Question:
     """A checked Question. recipe: one for all, or one for each platform: "cuda=int4-g128,ascend=w4a8"."""
@@ -76,7 +76,7 @@ def _recipes(text: str | None) -> dict[str, str | None]:
 def plan(
     model: ModelSource,
     cluster: Cluster | Mapping[str, object] | str | Path,
-    workload: Workload | Mapping[str, object] | None = None,
+    workload: Workload | Mapping[str, object] | str | Path | None = None,
     *,
     recipe: str | None = None,
     tp: int | None = None,
@@ -107,10 +107,12 @@ def plan(
     return answer(question)
 
 
-def checked_workload(workload: Workload | Mapping[str, object] | None) -> Workload:
-    """A Workload from a mapping. Raises ConfigError naming the field."""
+def checked_workload(workload: Workload | Mapping[str, object] | str | Path | None) -> Workload:
+    """A Workload from a mapping or a YAML file. Raises ConfigError naming the field."""
     if isinstance(workload, Workload):
         return workload
+    if isinstance(workload, str | Path):
+        workload = read_workload(workload)
     try:
         return Workload.model_validate(workload or {})
     except ValidationError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from transload.errors import ConfigError
 from transload.plan.units import Tokens
+from transload.plan.yamlfile import read_yaml
 
 Objective = Literal["throughput", "latency", "tokens", "fewest"]
 
@@ -48,3 +51,11 @@ class Workload(BaseModel):
     def average_tokens(self) -> int:
         """Tokens of a request for speed estimates: the typical one, else a quarter of the context."""
         return self.typical_tokens or max(1, self.context // 4)
+
+
+def read_workload(path: str | Path) -> dict[str, object]:
+    """The fields of a workload file (YAML), not yet checked. Raises ConfigError when it is no mapping."""
+    data = read_yaml(Path(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping such as 'context: 32k', found {type(data).__name__}")
+    return {str(name): value for name, value in data.items()}
