@@ -11,6 +11,7 @@ import pytest
 
 from launch.plans import CASES, Case
 from transload.launch import commands, flagtable, live
+from transload.launch.ascend_rules import contradictions
 from transload.plan.engines import ENGINES
 
 PYTHON = os.environ.get(live.VARIABLE)
@@ -99,3 +100,30 @@ def test_keys_that_vllm_ascend_would_ignore_without_a_word_are_found(text: str, 
 def test_keys_that_vllm_ascend_reads_are_taken() -> None:
     text = '{"weight_nz_mode": 2, "finegrained_tp_config": {"lmhead_tensor_parallel_size": 8}, "refresh": true}'
     assert flagtable.problems([*GOOD, "--additional-config", text], "vllm-ascend==0.23") == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "config", "said"),
+    [
+        ("--data-parallel-size 4", {"finegrained_tp_config": {"lmhead_tensor_parallel_size": 3}}, "3 must divide"),
+        ("--data-parallel-size 4", {"finegrained_tp_config": {"lmhead_tensor_parallel_size": 2}}, None),
+        ("--tensor-parallel-size 2 --data-parallel-size 2",
+         {"finegrained_tp_config": {"oproj_tensor_parallel_size": 2}}, "needs --tensor-parallel-size 1, found 2"),
+        ("", {"profiling_chunk_config": {"enabled": True}}, "needs --pipeline-parallel-size above 1"),
+        ("--pipeline-parallel-size 2", {"profiling_chunk_config": {"enabled": True}}, None),
+        ("", {"eplb_config": {"dynamic_eplb": True}}, "needs the variable DYNAMIC_EPLB=true"),
+        ("", {"finegrained_tp_config": [1], "eplb_config": 3}, None),
+    ],
+)  # fmt: skip
+def test_what_vllm_ascend_would_refuse_beside_the_sizes(
+    sizes: str, config: dict[str, object], said: str | None
+) -> None:
+    found = contradictions(["/m", *sizes.split(), "--additional-config", json.dumps(config)], {})
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+def test_a_variable_allows_what_needs_it() -> None:
+    argv = ["/m", "--additional-config", '{"eplb_config": {"dynamic_eplb": true}}']
+    assert contradictions(argv, {"DYNAMIC_EPLB": "true"}) == []
+    assert contradictions(["/m", "--additional-config", "{"], {}) == contradictions(["/m"], {}) == []

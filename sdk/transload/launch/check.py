@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from transload.launch import flagtable, live, validators
+from transload.launch.ascend_rules import contradictions
 from transload.launch.command import EngineCommand
 from transload.launch.manifest import Manifest, read_manifest, read_plan
 from transload.launch.validators import Skipped
@@ -81,6 +82,8 @@ def _commands(manifest: Manifest, plan: Plan, config: str | Path | None, python:
             continue
         release, _ = flagtable.table(flagtable.TABLES[engine][0])
         wrong = flagtable.problems(command.argv[2:], engine)
+        if engine.startswith("vllm-ascend"):
+            wrong += contradictions(command.argv[2:], command.env)
         found += [Finding(command.name, f"flags of vLLM {release}", "bad", text) for text in wrong]
         if not wrong:
             found.append(Finding(command.name, f"flags of vLLM {release}", "ok"))

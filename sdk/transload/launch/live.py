@@ -16,7 +16,7 @@ from transload.errors import BackendError, ConfigError
 from transload.launch.command import EngineCommand
 
 VARIABLE = "TRANSLOAD_VLLM_PYTHON"
-TIMEOUT = 300  # seconds: importing vLLM takes most of it on a busy machine
+TIMEOUT = 600  # seconds: importing vLLM takes most of it on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
