@@ -237,7 +237,7 @@ _BESTS: tuple[tuple[str, Callable[[Candidate], float]], ...] = (
     ("most KV tokens", lambda c: c.tokens),
     ("highest throughput", lambda c: c.rate),
     ("lowest latency", lambda c: -(c.speed.step if c.speed else 0.0)),
-    ("fewest devices", lambda c: -c.fit.shape.devices),
+    ("fewest devices an instance", lambda c: -c.fit.shape.devices),
 )
 
 

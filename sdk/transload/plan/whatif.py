@@ -41,6 +41,7 @@ _RECIPES = (
     "int4-g64",
     "int4-g32",
 )
+_CONTEXT_STEP = 512  # tokens
 _ORDER = ("setting", "cache", "context", "quantization", "devices")
 
 
@@ -84,12 +85,34 @@ def _changes(q: Question) -> Iterator[tuple[str, str, float, Question]]:
 
 
 def _shorter(q: Question) -> Iterator[tuple[str, str, float, Question]]:
-    """Half the context, a quarter, ..; typical lengths shrink with it."""
-    context, step = q.workload.context // 2, 1.0
-    while context >= 2048 and step <= 6:
-        update = {"context": context, "prompt": None, "output": None}
-        yield "context", f"--max-model-len {context}", step, replace(q, workload=q.workload.model_copy(update=update))
-        context, step = context // 2, step + 1
+    """The longest context that fits, to _CONTEXT_STEP tokens; typical lengths go with it. Nothing when all of it fits.
+
+    A shorter context never makes a fit disappear, so halving the interval finds the longest.
+    """
+    asked = q.workload.context
+    low, high = 0, min(asked - 1, q.model.info.max_position or asked) // _CONTEXT_STEP
+    if high < 1 or not _fits(_with_context(q, _CONTEXT_STEP)) or _fits(q):
+        return
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _fits(_with_context(q, middle * _CONTEXT_STEP)):
+            low = middle
+        else:
+            high = middle - 1
+    context = low * _CONTEXT_STEP
+    yield "context", f"--max-model-len {context}", 1 - context / asked, _with_context(q, context)
+
+
+def _with_context(q: Question, context: int) -> Question:
+    update = {"context": context, "prompt": None, "output": None}
+    return replace(q, workload=q.workload.model_copy(update=update))
+
+
+def _fits(q: Question) -> bool:
+    try:
+        return answer(q).fits
+    except TransloadError:
+        return False
 
 
 def _requantized(q: Question) -> Iterator[tuple[str, str, float, Question]]:
