@@ -31,6 +31,8 @@ def run_ptx(text: str, inputs: list[Words], outputs: int) -> list[Words]:
         if name in ("", ".reg"):
             continue
         target, *operands = (part.strip() for part in rest.split(","))
+        late = {f"${i}" for i in range(outputs, outputs + len(inputs))} & set(operands)
+        assert not (late and "$0" in registers), f"{line.strip()}: the compiler may have put $0 where {late} was"
         registers[target] = INSTRUCTIONS[name](*map(value, operands))
     return [registers[f"${i}"] for i in range(outputs)]
 

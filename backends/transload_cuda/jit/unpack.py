@@ -11,7 +11,8 @@ Triton that gives the same numbers. `ptx` is the text that the kernels get as a 
 import triton
 import triton.language as tl
 
-# Four results of 16 bits are two registers, four of 8 bits are one.
+# Four results of 16 bits are two registers, four of 8 bits are one. The compiler may give a result the register of the
+# input: every program below has read its input for the last time before it writes its first result.
 TO_16_BITS = tl.constexpr("=r,=r,=r,=r,r")
 TO_8_BITS = tl.constexpr("=r,=r,r")
 
