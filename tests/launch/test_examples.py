@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from transload.launch.check import check
+from transload.plan.result import Plan
 
 FOLDER = Path(__file__).parents[2] / "examples" / "launch"
 
@@ -33,10 +34,21 @@ def test_all_five_examples_are_here() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
-def test_an_example_is_what_its_command_renders(example: Path, tmp_path: Path) -> None:
-    new = GOLDEN.rendered(example, tmp_path)
+def test_a_plan_that_is_kept_renders_to_what_is_kept(example: Path, tmp_path: Path) -> None:
+    new = GOLDEN.rendered(example, tmp_path, plan_again=False)
     lines = GOLDEN.difference(GOLDEN.kept(example), new)
     assert not lines, "\n".join([*lines, "if that is meant: python examples/launch/golden.py --update"])
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
+def test_the_command_of_an_example_still_plans_the_same_engines(example: Path, tmp_path: Path) -> None:
+    new, old = (
+        Plan.from_json(files["plan.json"]) for files in (GOLDEN.rendered(example, tmp_path), GOLDEN.kept(example))
+    )
+    assert [(d.engine, d.recipe, d.parallelism, d.replicas, d.cuts) for d in new.deployments] == [
+        (d.engine, d.recipe, d.parallelism, d.replicas, d.cuts) for d in old.deployments
+    ]
+    assert [(r.node, r.device, r.rank) for r in new.ranks] == [(r.node, r.device, r.rank) for r in old.ranks]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
