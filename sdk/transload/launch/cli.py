@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transload.launch.check import Finding
     from transload.launch.checkpoint import Fingerprint
     from transload.launch.render import Rendered
-    from transload.launch.site import Site
+    from transload.launch.site import Form, Site
     from transload.launch.write import Written
 
 
@@ -52,13 +52,27 @@ def render_command(
     force: Annotated[bool, typer.Option("--force", help="Replace files that differ.")] = False,
 ) -> None:
     """Writes what starts a plan: scripts, units, compose and Kubernetes files, a router, a check of nodes."""
+    from dataclasses import replace
+
     from transload.launch.manifest import plan_from
     from transload.launch.render import render
+    from transload.launch.site import additional
     from transload.launch.write import write
 
     read = plan_from(plan)
     paths = _by_platform("--model", model)
-    site = _site(cluster, name, port, form, arguments, env or [], additional_config, image or [], directory, paths)
+    site = replace(
+        _site(cluster),
+        served_name=name,
+        port=port,
+        form=_form(form),
+        arguments=_words(arguments),
+        env=dict(_variable(text) for text in env or []),
+        additional_config=additional(additional_config) if additional_config else {},
+        msmodelslim=_msmodelslim(paths.get("ascend", paths.get("", ""))),
+        images=_by_platform("--image", image or []),
+        directory=directory,
+    )
     chosen = None if formats is None else [f.strip() for f in formats.split(",") if f.strip()]
     rendered = render(read, paths.get("", paths), engine, site, chosen, _prints(paths, hashes))
     _show_written(out, rendered, write(rendered.files, out, force))
@@ -109,44 +123,29 @@ def _by_platform(option: str, values: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def _site(
-    cluster: Path | None,
-    name: str | None,
-    port: int,
-    form: str,
-    arguments: str,
-    env: Sequence[str],
-    additional_config: str | None,
-    images: Sequence[str],
-    directory: str,
-    paths: Mapping[str, str],
-) -> Site:
-    import shlex
-    from dataclasses import replace
-
-    from transload.launch.site import FORMS, Site, additional
+def _site(cluster: Path | None) -> Site:
+    from transload.launch.site import Site
     from transload.plan.cluster import load_cluster
 
-    if form not in FORMS:
-        raise ConfigError(f"form '{form}': expected one of {', '.join(FORMS)}")
+    return Site() if cluster is None else Site.of(load_cluster(cluster))
+
+
+def _form(text: str) -> Form:
+    from transload.launch.site import FORMS
+
+    for form in FORMS:
+        if form == text:
+            return form
+    raise ConfigError(f"form '{text[:40]}': expected one of {', '.join(FORMS)}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    import shlex
+
     try:
-        more = tuple(shlex.split(arguments))
+        return tuple(shlex.split(text))
     except ValueError as error:
         raise ConfigError(f"--arguments: {error}") from error
-    variables = dict(_variable(text) for text in env)
-    base = Site() if cluster is None else Site.of(load_cluster(cluster))
-    return replace(
-        base,
-        served_name=name,
-        port=port,
-        form=form,
-        arguments=more,
-        env=variables,
-        additional_config=additional(additional_config) if additional_config else {},
-        msmodelslim=_msmodelslim(paths.get("ascend", paths.get("", ""))),
-        images=_by_platform("--image", images),
-        directory=directory,
-    )
 
 
 def _msmodelslim(path: str) -> bool | None:
