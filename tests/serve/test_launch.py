@@ -224,17 +224,18 @@ def test_a_failure_on_one_node_is_told_on_the_other(
 
 
 @pytest.mark.usefixtures("engine")
-def test_stopping_all_nodes_at_once_drains_the_head_first(
-    rendered: Path, tmp_path: Path, behave: Behave, run: Callable[..., Node]
+@pytest.mark.parametrize("stopped", ["all", "the worker"])
+def test_a_stop_lets_the_head_finish_first(
+    rendered: Path, tmp_path: Path, behave: Behave, run: Callable[..., Node], stopped: str
 ) -> None:
-    behave(seconds=2.0)
+    behave(seconds=4.0)
     watch = free_port()
-    nodes = [
+    head, worker = (
         run("launch", rendered, "--node", k, "--watch-port", watch, "--drain", 10, "--logs", tmp_path / f"{k}")
         for k in range(2)
-    ]
-    url = nodes[0].wait("ready")["url"]
-    nodes[1].wait("ready")
+    )
+    url = head.wait("ready")["url"]
+    worker.wait("ready")
     answers: list[int] = []
     request = threading.Thread(target=lambda: answers.append(chat(url)))
     request.start()
@@ -242,11 +243,12 @@ def test_stopping_all_nodes_at_once_drains_the_head_first(
         with urllib.request.urlopen(str(url).removesuffix("/v1") + "/load", timeout=10) as answer:
             if json.load(answer)["server_load"]:
                 break
-    for node in reversed(nodes):
+    for node in (worker, head) if stopped == "all" else (worker,):
         node.process.send_signal(signal.SIGTERM)
     request.join(20)
     assert answers == [200]
-    assert [node.process.wait(20) for node in nodes] == [0, 0]
+    assert worker.process.wait(20) == 0
+    assert head.process.wait(20) == (0 if stopped == "all" else 1)
 
 
 def starts(folder: Path, tmp_path: Path, node: int | str = 0) -> None:

@@ -76,14 +76,14 @@ def test_a_cache_as_planned_is_confirmed_and_another_one_reported(
     planned = make(checkpoint, tmp_path)._starts[0].kv_tokens
     assert planned == 16 * 1024
     for tokens, kind in ((planned, "cache"), (planned // 2, "drift")):
-        behave(log=f"CPU KV cache size: {tokens:,} tokens")
+        behave(log=f"Model loading took 1.5 GiB memory\nGPU KV cache size: {tokens:,} tokens")
         heard: list[Event] = []
         with make(checkpoint, tmp_path, heard):
             pass
         event = next(e for e in heard if e.kind in ("cache", "drift"))
         assert event.kind == kind
         assert event.data["planned"] == planned
-        assert ("plan calibrate" in event.text) == (kind == "drift")
+        assert (f"plan calibrate {tmp_path}/logs/engine-0.log --platform cpu" in event.text) == (kind == "drift")
 
 
 @pytest.mark.usefixtures("engine")

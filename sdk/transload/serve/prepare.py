@@ -59,6 +59,8 @@ def serve_starts(path: Path, plan: Plan | None, wishes: Wishes, folder: Path) ->
     else:
         _check_same(plan, path)
     _check_engine([d.engine for d in plan.deployments], engine)
+    if wishes.kv_cache is not None and engine.platform != "cpu":  # on a CPU the plan says it
+        wishes = replace(wishes, arguments=(*wishes.arguments, "--kv-cache-memory-bytes", str(wishes.kv_cache)))
     reach = "127.0.0.1" if wishes.host in WILDCARDS else wishes.host
     nodes = {rank.node for rank in plan.ranks}
     site = Site(

@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from transload.errors import TransloadError
+from transload.errors import ConfigError, TransloadError
 from transload.serve.events import Event, Kind, Listener
 from transload.serve.failures import Failure, explain
 from transload.serve.health import healthy
@@ -152,6 +152,8 @@ class Runner:
                 return self._neighbours.blame(explain(child.recent(), code))
             trouble = self._neighbours.trouble
             if trouble is not None:
+                if trouble.name == "peer-leaving":
+                    self._drain(child)  # that node waits for it
                 child.terminate()
                 child.end(2.0)
                 return trouble
@@ -194,10 +196,23 @@ class Runner:
         difference = measured / planned - 1
         self._tell(
             "drift",
-            f"KV cache of {measured:,} tokens, {difference:+.1%} from the plan's {planned:,}; to plan with what this "
-            f"start measured: transload plan calibrate {self.begin.log} --platform PLATFORM, then --constants",
-            kv_tokens=measured, planned=planned, difference=round(difference, 4), log=str(self.begin.log),
-        )  # fmt: skip
+            f"KV cache of {measured:,} tokens, {difference:+.1%} from the plan's {planned:,}{self._offer()}",
+            kv_tokens=measured,
+            planned=planned,
+            difference=round(difference, 4),
+            log=str(self.begin.log),
+        )
+
+    def _offer(self) -> str:
+        """How to plan with what this start measured, where its log has something to measure by."""
+        from transload.plan.calibrate import read_log
+
+        try:
+            read_log(self.begin.log)
+        except ConfigError:
+            return "; its log has no numbers that `transload plan calibrate` could use"
+        command = f"transload plan calibrate {self.begin.log} --platform {self.begin.platform} -o constants.yaml"
+        return f"; to plan with what this start measured: {command}, then transload plan --constants constants.yaml"
 
     def _drain(self, child: Child) -> None:
         """Lets running requests finish. A node without the API waits for the head to do that first."""
@@ -207,8 +222,9 @@ class Runner:
         note = f"stopping: no new requests, up to {self._settings.drain:g} s for those that run"
         self._tell("draining", note, running=running)
         if not self.begin.head and self._neighbours.seen:
-            while time.monotonic() < deadline - _GRACE and not self._force.is_set() and child.poll() is None:
+            while time.monotonic() < deadline and not self._force.is_set() and child.poll() is None:
                 if self._neighbours.head_left.wait(_TICK):
+                    deadline = time.monotonic() + _GRACE / 4  # nothing is left to finish
                     break
         child.terminate()
         while time.monotonic() < deadline and not self._force.is_set() and child.poll() is None:
@@ -233,7 +249,7 @@ class Runner:
             )  # fmt: skip
 
     def _say_failed(self, failure: Failure) -> None:
-        if not failure.name.startswith("peer-"):
+        if failure.name == "peer-leaving" or not failure.name.startswith("peer-"):
             self._neighbours.say("failed", failure.sentence)
         step = f" Next: {failure.next_step}." if failure.next_step else ""
         data = {"failure": failure.name, "next_step": failure.next_step, "evidence": failure.evidence}

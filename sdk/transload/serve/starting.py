@@ -25,6 +25,7 @@ class Start:
     setup: tuple[tuple[str, ...], ...]
     log: Path
     peers: Mapping[str, str]
+    platform: str
     kv_tokens: int | None = None  # what the plan predicts for the instance
 
     @property
@@ -65,6 +66,7 @@ def start_of(
         setup=tuple((*engine.program(line[0]), *line[1:]) for line in command.setup),
         log=folder / f"{command.name}.log",
         peers=peers or {},
+        platform=engine.platform,
         kv_tokens=kv_tokens,
     )
 
