@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transload.quantize import Recipe, quantize
 
 HIDDEN, WIDE, HEADS, LAYERS, VOCAB = 4096, 11008, 32, 4, 2048
-WINDOWS, TOKENS = 8, 256
+WINDOWS, TOKENS = 4, 128
 
 
 def model(folder: Path) -> int:

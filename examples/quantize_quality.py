@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import sysconfig
 import time
@@ -56,8 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--recipes", nargs="+", default=["int4-g128"])
+    parser.add_argument("--recipes", nargs="*", default=["int4-g128"])
     parser.add_argument("--to", default="transload")
+    parser.add_argument("--also", nargs="*", default=[], type=Path, help="folders to evaluate, made by other tools")
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--window", type=int, default=512)
     options = parser.parse_args()
@@ -71,12 +73,21 @@ def main() -> None:
         results[key] = evaluate(options.model, options.tokens, options.window, options.model)
     base = results[key][0]
     print(f"source: perplexity {base:.4f}", flush=True)
+    for folder in options.also:
+        key = f"{folder.name} {options.tokens}"
+        if key not in results:
+            results[key] = evaluate(folder, options.tokens, options.window, options.model)
+        print(f"{folder.name}: perplexity {results[key][0]:.4f}, +{results[key][0] - base:.4f}", flush=True)
+        known.write_text(json.dumps(results, indent=1))
     for recipe in options.recipes:
         name = Path(recipe).stem
         folder = options.work / name
         if not folder.exists():
+            cpu = time.process_time()
             report = transload.quantize(options.model, folder, recipe, to=options.to, calibration=text, resume=True)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # of the process so far, in GB
             results[f"quantize {name}"] = report.seconds
+            print(f"{name}: {time.process_time() - cpu:.0f} s of CPU, peak memory {peak:.2f} GB", flush=True)
             (options.work / f"{name}.report.json").write_text(json.dumps(report.to_json(), indent=1))
         key = f"{name} {options.tokens}"
         if key not in results:

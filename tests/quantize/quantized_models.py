@@ -31,5 +31,6 @@ def recipe(scheme: str = "int4-g32", method: str = "gptq", **more: Any) -> Recip
 
 def run(source: Path, out: Path, made: Recipe | str, to: str = "transload", **more: Any) -> QuantizeReport:
     """`quantize` with the text and the tokenizer of this file."""
-    more.setdefault("calibration", text_file(out.parent))
+    if "calibration" not in more:
+        more["calibration"] = text_file(out.parent)
     return quantize(source, out, made, to=to, tokenizer=Bytes(), **more)

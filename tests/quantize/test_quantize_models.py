@@ -175,6 +175,29 @@ def test_first_and_last_layers_may_be_wider(sources: dict[str, Path], tmp_path: 
     assert found["model.layers.1.self_attn.v_proj"] is None
 
 
+def test_linears_with_one_input_may_have_their_own_scheme_and_method(sources: dict[str, Path], tmp_path: Path) -> None:
+    rules = [
+        {"modules": ["q_proj"], "scheme": "int8-channel", "method": "mse"},
+        {"modules": ["k_proj"], "scheme": "int8-g16", "method": "gptq"},
+        {"modules": ["gate_proj"], "scheme": "int8-g32", "method": "awq"},
+        {"modules": ["*"], "scheme": "int8-channel", "method": "gptq"},
+    ]
+    report = run(sources["llama"], tmp_path / "out", recipe(rules=rules))
+    assert min(m.weight_sqnr for m in report.modules) > 30
+    assert tiny_models.distance(logits_of(tmp_path / "out"), logits_of(sources["llama"])) < 0.05
+
+
+def test_experts_whose_hessians_do_not_fit_are_done_in_rounds(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(sources["qwen3-moe"], tmp_path / "whole", recipe("int8-g32", smooth=None))
+    monkeypatch.setattr("transload.quantize.layerwise._GRAM_BYTES", 40_000)
+    report = run(sources["qwen3-moe"], tmp_path / "rounds", recipe("int8-g32", smooth=None))
+    assert all(m.tokens for m in report.modules)
+    apart = tiny_models.distance(logits_of(tmp_path / "rounds"), logits_of(tmp_path / "whole"))
+    assert apart < 0.12
+
+
 def test_hidden_states_live_in_a_file(tmp_path: Path) -> None:
     states = Hidden(tmp_path / "h", 5, 4, 3, create=True)
     states[slice(1, 3)] = torch.ones(2, 4, 3)

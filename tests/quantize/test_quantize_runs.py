@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import tiny_models
 import torch
 from quantized_models import Bytes, recipe, run, text_file
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import transload
+from transload.cli import app
 from transload.errors import ConfigError, FormatError, OutputExists
 from transload.quantize.recipe import Calibration
 from transload.quantize.text import windows
@@ -72,6 +75,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(llama: Path, tmp_path: Path) -> 
 
 def test_an_existing_output_is_kept(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
     with pytest.raises(OutputExists):
         run(llama, tmp_path / "out", recipe("int4-g32", "rtn"))
 
@@ -157,3 +161,17 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
 
 def test_transload_quantize_is_a_function() -> None:
     assert callable(transload.quantize)
+
+
+def test_the_command_line(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: r\nrules: [{modules: ['*'], scheme: int4-g32, method: mse}]\n")
+    ask = ["quantize", str(llama), str(tmp_path / "out"), "--recipe", str(tmp_path / "r.yaml")]
+    out = CliRunner().invoke(app, ask, env={"COLUMNS": "160"})
+    assert out.exit_code == 0
+    assert "layers.*.mlp.up_proj" in out.stdout
+    assert "no text needed" in out.stdout
+    report = json.loads(CliRunner().invoke(app, [*ask, "--overwrite", "--json"]).stdout)
+    assert len(report["modules"]) == 14
+    assert report["port"]["target_format"] == "compressed-tensors"
+    refused = CliRunner().invoke(app, [*ask, "--overwrite", "--recipe", "int3"])
+    assert isinstance(refused.exception, ConfigError)

@@ -7,7 +7,7 @@ import torch
 
 from transload.errors import ConfigError
 from transload.quantize.awq import awq_scale, groups_gram, search_scale
-from transload.quantize.hadamard import block_size, hadamard, rotation
+from transload.quantize.hadamard import Turn, block_size, hadamard
 from transload.quantize.smoothquant import smooth_scale
 from transload.quantize.static import static_scale
 from transload.quantize.statistics import SAMPLE, Statistics
@@ -73,7 +73,7 @@ def test_statistics_are_those_of_all_rows() -> None:
     assert torch.allclose(found.absmean, (x / by).abs().mean(0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 28, 36, 64, 76, 896, 1536, 2560, 5120])
+@pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 28, 36, 64, 76, 896])
 def test_hadamard_matrices_are_orthogonal_with_entries_of_one(n: int) -> None:
     h = hadamard(n)
     assert h is not None
@@ -93,15 +93,18 @@ def test_odd_sizes_are_cut_into_blocks(n: int, block: int) -> None:
 
 
 def test_rotations_are_orthogonal_and_follow_the_seed() -> None:
-    r = rotation(96, 3)
-    assert float((r @ r.T - torch.eye(96)).abs().max()) < 1e-12
-    assert torch.equal(r, rotation(96, 3))
-    assert not torch.equal(r, rotation(96, 4))
+    r = Turn(96, 3).rows(torch.eye(96)).double()
+    assert float((r @ r.T - torch.eye(96)).abs().max()) < 1e-6
+    assert float((r.abs() - 96**-0.5).abs().max()) < 1e-6  # one block
+    x = torch.randn(5, 96)
+    assert torch.allclose(Turn(96, 3).rows(x), (x.double() @ r).float(), atol=1e-5)
+    assert torch.allclose(Turn(96, 3).back(Turn(96, 3).rows(x)), x, atol=1e-5)
+    assert not torch.allclose(Turn(96, 4).rows(x), Turn(96, 3).rows(x), atol=1e-2)
 
 
 def test_a_size_that_cannot_be_rotated_is_an_error() -> None:
     with pytest.raises(ConfigError, match="97 features"):
-        rotation(97, 0)
+        Turn(97, 0)
 
 
 def test_a_static_scale_covers_everything_unless_clipping_is_better() -> None:

@@ -19,18 +19,8 @@ _LARGEST_BASE = 512
 
 def hadamard(n: int) -> Tensor | None:
     """A Hadamard matrix, float64 [n, n] of +-1, or None when this file makes none of that order."""
-    doublings = 0
-    while n > 0:
-        base = _base(n)
-        if base is not None:
-            for _ in range(doublings):
-                base = torch.cat([torch.cat([base, base], 1), torch.cat([base, -base], 1)])
-            return base
-        if n % 2:
-            return None
-        n //= 2
-        doublings += 1
-    return None
+    factors = _factors(n)
+    return None if factors is None else torch.kron(*factors)
 
 
 def block_size(n: int) -> int:
@@ -38,19 +28,46 @@ def block_size(n: int) -> int:
     return next(d for d in range(n, 0, -1) if n % d == 0 and _exists(d))
 
 
-def rotation(n: int, seed: int) -> Tensor:
-    """A random orthogonal matrix [n, n], float64: signs, then Hadamard blocks of the largest size that n allows.
+class Turn:
+    """A random orthogonal matrix R [n, n]: signs, then Hadamard blocks of the largest size that n allows.
 
-    Raises ConfigError for a size that would rotate nothing.
+    It is never written out: a block is the Kronecker product of two small matrices, so turning a vector costs the sum
+    of their sizes per number instead of n. Raises ConfigError for a size that would turn nothing.
     """
-    size = block_size(n)
-    if size < 4:
-        raise ConfigError(f"{n} features cannot be rotated: no Hadamard matrix of 4 or more divides it")
-    block = hadamard(size)
-    assert block is not None
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (n,), generator=generator, dtype=torch.int64).double() * 2 - 1
-    return signs.unsqueeze(1) * torch.kron(torch.eye(n // size, dtype=torch.float64), block / math.sqrt(size))
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.size, self.block = n, block_size(n)
+        if self.block < 4:
+            raise ConfigError(f"{n} features cannot be rotated: no Hadamard matrix of 4 or more divides it")
+        factors = _factors(self.block)
+        assert factors is not None
+        self._doubled, self._base = (f / math.sqrt(len(f)) for f in factors)
+        generator = torch.Generator().manual_seed(seed)
+        self._signs = torch.randint(0, 2, (n,), generator=generator, dtype=torch.int64).double() * 2 - 1
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x R for rows [..., n], computed in float64, returned as float32."""
+        blocks = (x.double() * self._signs).reshape(-1, len(self._doubled), len(self._base))
+        return (self._doubled.T @ blocks @ self._base).reshape(x.shape).float()
+
+    def back(self, x: Tensor) -> Tensor:
+        """x R^T: the reverse of `rows`."""
+        blocks = x.double().reshape(-1, len(self._doubled), len(self._base))
+        return ((self._doubled @ blocks @ self._base.T).reshape(x.shape) * self._signs).float()
+
+
+def _factors(n: int) -> tuple[Tensor, Tensor] | None:
+    """Sylvester's matrix of a power of two and a base matrix, whose Kronecker product has order n."""
+    doubled = torch.ones(1, 1, dtype=torch.float64)
+    two = torch.tensor([[1.0, 1], [1, -1]], dtype=torch.float64)
+    while n > 0:
+        base = _base(n)
+        if base is not None:
+            return doubled, base
+        if n % 2:
+            return None
+        n, doubled = n // 2, torch.kron(doubled, two)
+    return None
 
 
 def _exists(n: int) -> bool:

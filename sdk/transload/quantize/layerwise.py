@@ -24,7 +24,7 @@ from transload.reference import quantize_rtn
 
 _GRAM_BYTES = 6 << 30  # Hessians in memory at a time; a layer whose experts need more is run over the text again
 _TOKENS_AT_ONCE = 1024
-_FOLDED = 0.05
+SAME = 0.05  # what a layer may differ by after a fold: rounded gains and routers, far less than a wrong one
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -70,7 +70,7 @@ class LayerJob:
         self.result = LayerResult()
         self._held = held_of(filled.layer)
         self._wanted = [h for _, h in self._held if any(n in assigned for n in h.names)]
-        self._factors: dict[int, Factor] = {}
+        self._factors: dict[tuple[int, int], Factor] = {}
         for _, held in self._held:
             held.precision = getattr(torch, recipe.calibration.precision)
 
@@ -94,9 +94,13 @@ class LayerJob:
         return self.result
 
     def _calibrated(self, forward: Forward, hidden: Hidden) -> None:
-        for number, round in enumerate(self._rounds()):
+        rounds = self._rounds()
+        folds = self.recipe.smooth is not None or any(a.method == "awq" for a in self.assigned.values())
+        if folds and len(rounds) > 1:  # scales need all linears at once, but no Hessians
+            self._fold(forward, hidden, self._watched(forward, hidden, self._wanted, grams=False))
+        for round in rounds:
             watch = self._watched(forward, hidden, round)
-            if number == 0:
+            if folds and len(rounds) == 1:
                 self._fold(forward, hidden, watch)
             for held in round:
                 self._quantize(held, watch.of.pop(held, None))  # a Hessian goes with its last linear
@@ -123,9 +127,11 @@ class LayerJob:
             used += size
         return rounds
 
-    def _watched(self, forward: Forward, hidden: Hidden, round: Sequence[Held]) -> Watch:
-        grams = {held for held in round if self._needs_gram(held)}
-        watch = Watch(grams, stride=max(1, hidden.count * hidden.tokens // SAMPLE))
+    def _watched(self, forward: Forward, hidden: Hidden, round: Sequence[Held], grams: bool = True) -> Watch:
+        watch = Watch(
+            {held for held in round if grams and self._needs_gram(held)},
+            stride=max(1, hidden.count * hidden.tokens // SAMPLE),
+        )
         for held in round:
             held.watch = watch
         try:
@@ -157,7 +163,7 @@ class LayerJob:
                 self.result.floats |= fold.apply(self.filled, watch)
             after = forward(window)
         apart = float((after - before).norm() / (before - window).norm().clamp(min=1e-30))
-        if not apart < _FOLDED:  # a wrong fold is off by its scales; a right one by the rounding of gains and routers
+        if not apart < SAME:
             raise ConfigError(
                 f"{self.label}: folding {', '.join(f.pair.label for f in folds)} changes the layer by "
                 f"{apart:.1e}; this architecture needs a recipe without smoothing and AWQ"
@@ -211,8 +217,8 @@ class LayerJob:
         return gptq(weight, spec, prepared), note
 
     def _prepared(self, statistics: Statistics, spec: QuantSpec) -> Factor:
-        """The factor of a Hessian, made once for all linears with this input."""
-        key = id(statistics)
+        """The factor of a Hessian, made once for all linears with this input and group size."""
+        key = id(statistics), spec.group_size
         if key not in self._factors:
             assert statistics.gram is not None
             self._factors.clear()

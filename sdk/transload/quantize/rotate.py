@@ -14,18 +14,19 @@ from torch import Tensor
 
 from transload.errors import ConfigError
 from transload.quantize.fold import gain_offset, pairs_of
-from transload.quantize.hadamard import block_size, rotation
+from transload.quantize.hadamard import Turn, block_size
 from transload.quantize.held import Filled, Held, held_of
 
 _HEAD_SEED = 1  # added to the recipe's seed for the value heads
+_WRITERS = ("o_proj", "out_proj", "dense", "down_proj", "w2", "fc2")
 _RESIDUAL_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class Rotation:
-    """The two matrices of one model. residual: float64 [H, H]."""
+    """What one model is turned by: its residual stream, of `width` features, and its value heads."""
 
     def __init__(self, hidden: int, seed: int) -> None:
-        self.residual, self._seed = rotation(hidden, seed), seed
+        self.residual, self._seed, self.width = Turn(hidden, seed), seed, hidden
         self.note = f"residual stream of {hidden} rotated in Hadamard blocks of {block_size(hidden)}"
 
     def layer(self, filled: Filled) -> dict[str, Tensor]:
@@ -39,7 +40,7 @@ class Rotation:
             raise ConfigError(f"layers with the norms {', '.join(sorted(norms))} cannot be rotated here")
         held = held_of(filled.layer)
         reading = {h for p in pairs_of(filled, held) if p.producer in _RESIDUAL_NORMS for h in p.consumers}
-        writing = {h for n, h in held if h not in reading and _writes(h, self.residual.shape[0])}
+        writing = {h for n, h in held if h not in reading and _writes(n, h, self.width)}
         self._check(held, reading, writing)
         for pair in list(pairs_of(filled, held)):
             if pair.producer in _RESIDUAL_NORMS:
@@ -48,16 +49,18 @@ class Rotation:
                 self._turn_heads(filled, pair.producer, pair.consumers[0], changed)
         for name, h in held:
             if h in writing:
-                h.set((self.residual.T @ _double(h)).float())
+                h.set(self.rows(_double(h).T).T.contiguous())
                 if h.bias is not None:
-                    h.bias = changed[f"{name}.bias"] = filled.as_stored(
-                        f"{name}.bias", (h.bias.double() @ self.residual).float()
-                    )
+                    h.bias = changed[f"{name}.bias"] = filled.as_stored(f"{name}.bias", self.rows(h.bias))
         return changed
 
     def rows(self, values: Tensor) -> Tensor:
         """x R for rows [..., H] of the embedding, float32."""
-        return (values.double() @ self.residual).float()
+        return self.residual.rows(values)
+
+    def back(self, values: Tensor) -> Tensor:
+        """x R^T: the reverse of `rows`."""
+        return self.residual.back(values)
 
     def head(self, weight: Tensor, gain: Tensor) -> Tensor:
         """The output head [V, H] behind the last norm, whose gain moves into it; in slabs, float32."""
@@ -75,11 +78,10 @@ class Rotation:
         gain = (parameter.data + offset).double()
         parameter.data = changed[f"{norm}.weight"] = torch.full_like(parameter.data, 1 - offset)
         for consumer in consumers:
-            consumer.set(((_double(consumer) * gain) @ self.residual).float())
+            consumer.set(self.rows(_double(consumer) * gain))
         for name in others:
             router = filled.layer.get_parameter(name)
-            turned = ((router.data.double() * gain) @ self.residual).float()
-            router.data = changed[name] = filled.as_stored(name, turned)
+            router.data = changed[name] = filled.as_stored(name, self.rows(router.data.double() * gain))
 
     def _turn_heads(self, filled: Filled, producer: str, output: Held, changed: dict[str, Tensor]) -> None:
         value = filled.layer.get_submodule(producer)
@@ -87,24 +89,25 @@ class Rotation:
         dim = getattr(filled.layer.get_submodule(producer.rpartition(".")[0]), "head_dim", 0)
         if not dim or block_size(dim) < 4:
             return
-        turn = rotation(dim, self._seed + _HEAD_SEED)
+        turn = Turn(dim, self._seed + _HEAD_SEED)
         weight = _double(value)
-        value.set((turn.T @ weight.view(-1, dim, weight.shape[1])).reshape(weight.shape).float())
+        value.set(turn.rows(weight.T.reshape(weight.shape[1], -1, dim)).reshape(weight.T.shape).T.contiguous())
         if value.bias is not None:
-            bias = (value.bias.double().view(-1, dim) @ turn).flatten().float()
+            bias = turn.rows(value.bias.view(-1, dim)).flatten()
             value.bias = changed[f"{producer}.bias"] = filled.as_stored(f"{producer}.bias", bias)
         weight = _double(output)
-        output.set((weight.view(len(weight), -1, dim) @ turn).reshape(weight.shape).float())
+        output.set(turn.rows(weight.view(len(weight), -1, dim)).reshape(weight.shape))
 
     def _check(self, held: list[tuple[str, Held]], reading: set[Held], writing: set[Held]) -> None:
         """Every linear as wide as the residual stream must be known to read or to write it."""
         for name, h in held:
-            if h.k == self.residual.shape[0] and h not in reading and "o_proj" not in name and "down" not in name:
+            if h.k == self.width and h not in reading and "o_proj" not in name and "down" not in name:
                 raise ConfigError(f"{name} reads the residual stream in a way that rotation does not know")
 
 
-def _writes(held: Held, hidden: int) -> bool:
-    return held.weight is not None and len(held.weight) == hidden
+def _writes(name: str, held: Held, hidden: int) -> bool:
+    named = name.rpartition(".")[2] in _WRITERS or ".down." in name
+    return named and held.weight is not None and len(held.weight) == hidden
 
 
 def _double(held: Held) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,8 +20,9 @@ from transload.errors import ConfigError, FormatError
 from transload.porting import port
 from transload.quant import QTensor
 from transload.quantize.assign import Assignment, assign, layer_count, layer_of
+from transload.quantize.held import Filled
 from transload.quantize.hidden import Hidden
-from transload.quantize.layerwise import LayerJob, LayerResult, Made, sqnr
+from transload.quantize.layerwise import SAME, Forward, LayerJob, LayerResult, Made, sqnr
 from transload.quantize.recipe import Recipe, read_recipe
 from transload.quantize.report import QuantizeReport
 from transload.quantize.rotate import Rotation
@@ -34,6 +36,7 @@ from transload.runtime import tokenizer as tokenizer_of
 from transload.writer.place import check_apart, check_free, named
 
 Progress = Callable[[int, int, str], None]  # layers done, layers in all, what is being done
+_PROBE = 8  # tokens of a window that only checks
 _QUANTIZATION = ("quantization_config", "compression_config")
 
 
@@ -85,6 +88,8 @@ def quantize(
         run.quantize()
         seconds = time.monotonic() - began
         made, notes = stage.report()
+        if resume:  # what a port was at when the earlier run was killed
+            shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)
         written = port(stage.folder, target, to, floats=floats, overwrite=overwrite)
     except BaseException:
         if not resume:
@@ -145,8 +150,9 @@ class _Run:
         first = next(i for i in range(skeleton.layers + 1) if i == skeleton.layers or not self.stage.has(_part(i)))
         hidden = None
         arguments: list[dict[str, Any]] = [{}] * skeleton.layers
-        if self.recipe.calibrated and self.ids is not None and first < skeleton.layers:
-            arguments = skeleton.arguments(self.ids.shape[1])
+        if first < skeleton.layers:
+            arguments = skeleton.arguments(_PROBE if self.ids is None else self.ids.shape[1])
+        if self.ids is not None and first < skeleton.layers:
             hidden = self._inputs(skeleton, turn, first)
         for index in range(first, skeleton.layers):
             self._progress(index, skeleton.layers, f"layer {index}")
@@ -173,8 +179,8 @@ class _Run:
         filled = skeleton.layer(index)
         work = LayerJob(f"layer {index}", filled, self.recipe, self.assignment.modules)
         work.check_weights()
-        changed = {} if turn is None else turn.layer(filled)
         run = forward(filled.layer, arguments)
+        changed = {} if turn is None else self._rotated(turn, filled, run, hidden, work.label)
         result = work.quantize(run, hidden)
         out = None
         if hidden is not None and index + 1 < skeleton.layers:
@@ -187,6 +193,20 @@ class _Run:
         if hidden is not None:
             hidden.delete()
         return out
+
+    def _rotated(
+        self, turn: Rotation, filled: Filled, run: Forward, hidden: Hidden | None, label: str
+    ) -> dict[str, Tensor]:
+        """Rotates a layer, and checks on one window that it computes the same, rotated."""
+        width = turn.width
+        generator = torch.Generator().manual_seed(0)
+        window = torch.randn(1, _PROBE, width, generator=generator) if hidden is None else hidden[slice(0, 1)]
+        before = run(turn.back(window))
+        changed = turn.layer(filled)
+        apart = float((run(window) - turn.rows(before)).norm() / (before - turn.back(window)).norm().clamp(min=1e-30))
+        if not apart < SAME:
+            raise ConfigError(f"{label}: rotation changes the layer by {apart:.1e}: it does not fit this architecture")
+        return changed
 
     def _save(
         self, part: str, names: list[str], result: LayerResult, changed: Mapping[str, Tensor] | None = None

@@ -84,23 +84,25 @@ class Watch:
     def __init__(self, grams: Collection[nn.Module], stride: int) -> None:
         self.of: dict[nn.Module, Statistics] = {}
         self._grams, self._stride = grams, stride
-        self._last: tuple[Tensor, Statistics] | None = None
+        self._last: Tensor | None = None
+        self._given: dict[bool, Statistics] = {}  # of the last tensor: with a Gram matrix, without
 
     def see(self, linear: nn.Module, x: Tensor, stride: int | None = None) -> None:
         """Called with the input [..., K] of a linear. stride: of the kept rows, for linears that see few."""
-        if self._last is not None and self._last[0] is x:
-            shared = self._last[1]
-            if linear in self._grams and shared.gram is None:
-                raise AssertionError("linears with one input need the same statistics")
+        if self._last is not x:
+            self._last, self._given = x, {}
+        gram = linear in self._grams
+        shared = self._given.get(gram) or (None if gram else self._given.get(True))
+        if shared is not None:
             self.of.setdefault(linear, shared)
             return
         if linear not in self.of:
-            self.of[linear] = Statistics(x.shape[-1], linear in self._grams, stride or self._stride)
+            self.of[linear] = Statistics(x.shape[-1], gram, stride or self._stride)
         self.of[linear].add(x.reshape(-1, x.shape[-1]))
-        self._last = x, self.of[linear]
+        self._given[gram] = self.of[linear]
 
     def finish(self) -> None:
         """Ends the pass."""
-        self._last = None
+        self._last, self._given = None, {}
         for statistics in dict.fromkeys(self.of.values()):
             statistics.finish()
