@@ -12,8 +12,9 @@ if [ "${1:-}" = --interpret ]; then mode=interpreter; shift; fi
 step=${1:-} python=${2:-python3} out=${3:-${OUT:-build/device}}
 minutes=${TRANSLOAD_MINUTES:-8.5}
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
 PYTHONPATH=$PWD/sdk:$PWD/backends${PYTHONPATH:+:$PYTHONPATH}
-TRANSLOAD_CACHE=${TRANSLOAD_CACHE:-$PWD/$out/cache}
+TRANSLOAD_CACHE=${TRANSLOAD_CACHE:-$out/cache}
 export PYTHONPATH TRANSLOAD_CACHE TRANSLOAD_CUDA=$mode
 dry= some=
 if [ $mode = interpreter ]; then
@@ -25,7 +26,8 @@ fi
 case $step in
   tests)
     status=0
-    "$python" -m pytest tests/cuda/on_gpu -q -p no:cacheprovider $some --junitxml="$out/tests.xml" > "$out/tests.txt" 2>&1 || status=$?
+    # An interrupted pytest still reports what it has done.
+    timeout -s INT 570 "$python" -m pytest tests/cuda/on_gpu -q -p no:cacheprovider $some --junitxml="$out/tests.xml" > "$out/tests.txt" 2>&1 || status=$?
     tail -n 40 "$out/tests.txt"
     exit $status ;;
   tune) exec "$python" ci/device/cuda_bench.py --out "$out" --minutes "$minutes" --tune $dry ;;
