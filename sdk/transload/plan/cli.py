@@ -194,7 +194,7 @@ def _show(plan: Plan, question: Question, explain: bool, what_if: bool) -> None:
         console.print(plan_table(plan, reasons=0 if plan.fits else 6))
     if what_if:
         console.print()
-        console.print(changes_table(changes(question)))
+        console.print(changes_table(changes(question), plan.fits))
 
 
 def _write(plan: Plan, picture: Path | None, save: Path | None) -> None:

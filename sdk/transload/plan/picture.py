@@ -80,7 +80,13 @@ def _header(plan: Plan, width: int) -> Iterator[str]:
         yield f'<rect x="{x}" y="72" width="14" height="14" rx="2" fill="{fill}" stroke="#999" stroke-width="0.5"/>'
         yield _text(x + 20, 84, name, 13)
         x += 34 + 8 * len(name)
-    yield _text(_PAD, 106, "one bar a device, as high as its memory; hover for bytes", 12, fill="#666")
+    yield _text(
+        _PAD,
+        106,
+        "one bar a device, as high as its memory, and its data (d), pipeline (p) and tensor (t) rank; hover for bytes",
+        12,
+        fill="#666",
+    )
 
 
 def _nodes(plan: Plan) -> dict[str, list[Rank]]:

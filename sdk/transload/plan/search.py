@@ -23,6 +23,7 @@ from transload.plan.shapes import Shape, even_cuts
 from transload.plan.workload import Workload
 
 MOST_STAGES, MOST_REPLICAS, MOST_MIXED_GROUPS = 16, 64, 16
+_ALIKE = 1.1
 _ROUND = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -233,12 +234,16 @@ def satisfied(candidate: Candidate, workload: Workload) -> bool:
 
 
 def score(candidate: Candidate, workload: Workload) -> tuple[float, ...]:
-    """Larger is better. Holding every sequence comes first, then the objective, then fewer and simpler devices."""
+    """Larger is better. Holding every sequence comes first, then the objective, then fewer and simpler devices.
+
+    Throughputs within a step of _ALIKE count as equal: a roofline does not tell them apart, a person does.
+    """
     assert candidate.speed is not None
     shape = candidate.fit.shape
-    simple = (-float(shape.pp), -float(shape.devices), -float(shape.dcp), -float(shape.tp))
+    odd = float(bool(shape.dp & (shape.dp - 1)))
+    simple = (-float(shape.pp), -odd, -float(shape.devices), -float(shape.dcp), -float(shape.tp))
     value = {
-        "throughput": candidate.rate,
+        "throughput": float(round(math.log(max(candidate.rate, 1e-9), _ALIKE))),
         "latency": -candidate.speed.step,
         "tokens": float(candidate.tokens),
         "fewest": -float(shape.devices * candidate.replicas),

@@ -32,9 +32,10 @@ def plan_table(plan: Plan, reasons: int = MOST_REASONS) -> RenderableType:
     return Group(*parts)
 
 
-def changes_table(changes: Sequence[Change]) -> RenderableType:
-    """What-if: single changes that fit, the smallest first."""
-    table = _table("change", "then fits as", "KV tokens", "sequences", title="What would make it fit")
+def changes_table(changes: Sequence[Change], fits: bool = False) -> RenderableType:
+    """What-if: single changes that fit, the smallest first. fits: the plan already does."""
+    title = "What single changes would give" if fits else "What would make it fit"
+    table = _table("change", "then fits as", "KV tokens", "sequences", title=title)
     for c in changes:
         name = shape_name(c.parallelism) if c.fits else "does not fit"
         table.add_row(escape(c.text), name, f"{c.kv_tokens:,}", f"{c.max_concurrency:g}")
