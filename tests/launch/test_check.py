@@ -138,6 +138,14 @@ def test_a_manifest_that_names_files_outside_is_not_followed(tmp_path: Path) -> 
     assert _bad(tmp_path / "out") == [Finding("../secret.sh", "launch.json", "bad", "was rendered and is not there")]
 
 
+def test_a_manifest_of_other_engines_is_refused(tmp_path: Path) -> None:
+    data = json.loads((_rendered(tmp_path) / FILE).read_text())
+    data["processes"][0]["deployment"] = 7
+    (tmp_path / FILE).write_text(Manifest.model_validate(data).to_json())
+    with pytest.raises(ConfigError, match=r"launch\.json has other engines than plan\.json"):
+        check(tmp_path)
+
+
 def test_nodes_are_found_by_name_and_number(tmp_path: Path) -> None:
     manifest = Manifest.model_validate_json((_rendered(tmp_path) / FILE).read_text())
     assert manifest.on_node(1) == manifest.on_node("1") == manifest.on_node("node-1")

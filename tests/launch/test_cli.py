@@ -87,6 +87,11 @@ def test_arguments_variables_and_images_are_passed_on(folder: Path) -> None:
         assert part in text
 
 
+def test_an_argument_that_the_release_does_not_know_is_doubted_at_once(folder: Path) -> None:
+    said = _run("render", "plan.json", "-m", "/m", "-o", "out", "-f", "shell", "--arguments", "--max-modle-len 8k")
+    assert said.count("careful: --max-modle-len: vLLM 0.23.0 has no such option; nearest is --max-model-len") == 1
+
+
 def test_check_counts_what_passed_and_lists_the_rest(folder: Path) -> None:
     _run("render", "plan.json", "-m", "/models/glm", "-o", "out")
     said = _run("check", "out")

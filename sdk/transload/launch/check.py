@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from transload.errors import ConfigError
 from transload.launch import flagtable, live, validators
 from transload.launch.ascend_rules import contradictions
 from transload.launch.command import EngineCommand
@@ -47,6 +48,8 @@ def check(folder: str | Path, config: str | Path | None = None, python: str | No
     """
     root = Path(folder)
     manifest, plan = read_manifest(root), read_plan(root)
+    if any(not 0 <= p.deployment < len(plan.deployments) for p in manifest.processes):
+        raise ConfigError(f"{root}: launch.json has other engines than plan.json; render the plan again")
     return [
         *_belongs(root, manifest),
         *_commands(manifest, plan, config, python),
@@ -71,12 +74,10 @@ def _belongs(root: Path, manifest: Manifest) -> list[Finding]:
     return found or [Finding("all files", "launch.json", "ok", f"{len(manifest.files)} as rendered")]
 
 
-def _commands(manifest: Manifest, plan: Plan, config: str | Path | None, python: str | None) -> list[Finding]:
-    """Both stages by a vLLM of the planned release where there is one, the frozen tables where not."""
-    serving = [c for c in manifest.commands() if c.argv[:2] == ("vllm", "serve")]
-    engines = [plan.deployments[c.deployment].engine for c in serving]
+def by_table(commands: Sequence[EngineCommand], plan: Plan) -> list[Finding]:
+    """What the frozen table of each command's planned release says of it."""
     found: list[Finding] = []
-    for command, engine in zip(serving, engines, strict=True):
+    for command, engine in _serving(commands, plan):
         if engine not in flagtable.TABLES:
             found.append(Finding(command.name, "flag table", "note", f"there is none for {engine}"))
             continue
@@ -87,11 +88,24 @@ def _commands(manifest: Manifest, plan: Plan, config: str | Path | None, python:
         found += [Finding(command.name, f"flags of vLLM {release}", "bad", text) for text in wrong]
         if not wrong:
             found.append(Finding(command.name, f"flags of vLLM {release}", "ok"))
-    return found + _live(serving, engines, _config_folders(manifest, config, serving, engines, plan), python)
+    return found
+
+
+def _serving(commands: Sequence[EngineCommand], plan: Plan) -> list[tuple[EngineCommand, str]]:
+    """The commands that start vLLM (not those that only join Ray), with the plan's engine."""
+    return [(c, plan.deployments[c.deployment].engine) for c in commands if c.argv[:2] == ("vllm", "serve")]
+
+
+def _commands(manifest: Manifest, plan: Plan, config: str | Path | None, python: str | None) -> list[Finding]:
+    """The frozen tables, and both stages by a vLLM where there is one."""
+    rows = _serving(manifest.commands(), plan)
+    serving, engines = [c for c, _ in rows], [e for _, e in rows]
+    folders = _config_folders(manifest, config, serving, plan)
+    return by_table(serving, plan) + _live(serving, engines, folders, python)
 
 
 def _config_folders(
-    manifest: Manifest, config: str | Path | None, serving: Sequence[EngineCommand], engines: Sequence[str], plan: Plan
+    manifest: Manifest, config: str | Path | None, serving: Sequence[EngineCommand], plan: Plan
 ) -> list[str | None]:
     folders: list[str | None] = []
     for command in serving:
@@ -112,8 +126,7 @@ def _live(
     version, verdicts = live.judge(program, serving, folders)
     found = []
     for command, engine, folder, verdict in zip(serving, engines, folders, verdicts, strict=True):
-        same = flagtable.table(flagtable.TABLES[engine][0])[0].split(".")[:2] == version.split(".")[:2]
-        worse: State = "bad" if same else "note"
+        worse: State = "bad" if _release(engine) == version.split(".")[:2] else "note"
         if verdict.parser is not None:
             found.append(Finding(command.name, f"parser of vLLM {version}", worse, verdict.parser))
             continue
@@ -126,6 +139,12 @@ def _live(
         else:
             found.append(Finding(command.name, f"configuration of vLLM {version}", "ok", _facts(verdict)))
     return found
+
+
+def _release(engine: str) -> list[str]:
+    """The vLLM that an engine of a plan is or extends: ["0", "32"]."""
+    name, _ = flagtable.TABLES.get(engine, ("", None))
+    return flagtable.table(name)[0].split(".")[:2] if name else []
 
 
 def _facts(verdict: live.Verdict) -> str:

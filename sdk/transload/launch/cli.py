@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transload.launch.render import Rendered
     from transload.launch.site import Form, Site
     from transload.launch.write import Written
+    from transload.plan.result import Plan
 
 
 def render_command(
@@ -34,7 +35,10 @@ def render_command(
         Path | None, typer.Option("--cluster", "-c", help="The cluster file, for addresses and interfaces.")
     ] = None,
     engine: Annotated[str | None, typer.Option(help="The engine's release, to be sure: vllm==0.32.")] = None,
-    name: Annotated[str | None, typer.Option(help="What clients call the model; the plan's name for it.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", "--served-model-name", help="What clients call the model; the plan's name for it."),
+    ] = None,
     port: Annotated[int, typer.Option(help="The API's port of the first engine.")] = 8000,
     form: Annotated[str, typer.Option(help="Over several nodes: auto, native, dp or ray.")] = "auto",
     arguments: Annotated[
@@ -75,7 +79,7 @@ def render_command(
     )
     chosen = None if formats is None else [f.strip() for f in formats.split(",") if f.strip()]
     rendered = render(read, paths.get("", paths), engine, site, chosen, _prints(paths, hashes))
-    _show_written(out, rendered, write(rendered.files, out, force))
+    _show_written(out, read, rendered, write(rendered.files, out, force))
 
 
 def check_command(
@@ -176,7 +180,15 @@ def _prints(paths: Mapping[str, str], hashes: str) -> dict[str, Fingerprint]:
     return {path: fingerprint(path, hashes == "full") for path in paths.values() if Path(path).exists()}
 
 
-def _show_written(out: Path, rendered: Rendered, written: Written) -> None:
+def _doubts(plan: Plan, rendered: Rendered) -> list[str]:
+    """What the frozen flag tables say of the commands, each sentence once; `check` asks the engine itself."""
+    from transload.launch.check import by_table
+
+    commands = rendered.manifest.commands()
+    return list(dict.fromkeys(f.text for f in by_table(commands, plan) if f.state == "bad"))
+
+
+def _show_written(out: Path, plan: Plan, rendered: Rendered, written: Written) -> None:
     manifest = rendered.manifest
     engines = len({p.instance for p in manifest.processes})
     print(
@@ -190,6 +202,8 @@ def _show_written(out: Path, rendered: Rendered, written: Written) -> None:
         print(f"  no {name}: {reason}")
     if any(model.digest is None for model in manifest.models):
         print("  the checkpoint is not here, so preflight.sh only tells its hash; nodes must agree")
+    for problem in _doubts(plan, rendered):
+        print(f"  careful: {problem}")
     if written.stale:
         print(f"  from an older rendering, no longer used: {', '.join(written.stale)}")
     print(f"next: transload plan check {out}")
