@@ -72,6 +72,52 @@ def test_chatglm3_has_roles_and_chatglm2_has_none(tmp_path: Path) -> None:
     assert chat.chat_template == "[gMASK]sop<|user|><|observation|>"
 
 
+HISTORY = [
+    {"role": "user", "content": "Hello world"},
+    {"role": "assistant", "content": "scales"},
+    {"role": "user", "content": "你好"},
+]
+
+
+def conversation(made: Any) -> list[int]:
+    ids: list[int] = made.apply_chat_template(HISTORY, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+def test_a_conversation_is_put_together_as_the_publishers_code_does(tmp_path: Path) -> None:
+    glm4 = tokenizer(folder_with("tiktoken", tmp_path / "4"))
+    parts = [
+        [glm4.convert_tokens_to_ids(f"<|{m['role']}|>"), *bare(glm4, "\n"), *bare(glm4, m["content"])] for m in HISTORY
+    ]
+    start, end = glm4.encode(""), glm4.convert_tokens_to_ids("<|assistant|>")
+    assert conversation(glm4) == [*start, *(i for part in parts for i in part), end]
+
+    folder = folder_with("sentencepiece", tmp_path / "3")
+    (folder / "tokenization_chatglm.py").write_text("'<|observation|>'")
+    three = tokenizer(folder)
+    parts = [
+        [three.convert_tokens_to_ids(f"<|{m['role']}|>"), *bare(three, "\n"), *bare(three, m["content"])]
+        for m in HISTORY
+    ]
+    start, end = three.encode(""), three.convert_tokens_to_ids("<|assistant|>")
+    assert conversation(three) == [*start, *(i for part in parts for i in part), end]
+
+    two = tokenizer(folder_with("sentencepiece", tmp_path / "2"))
+    text = "[Round 1]\n\n问：Hello world\n\n答：scales\n\n[Round 2]\n\n问：你好\n\n答："
+    assert conversation(two) == two.encode(text)
+
+
+def test_a_template_beside_the_tokenizer_comes_first(tmp_path: Path) -> None:
+    folder = folder_with("tiktoken", tmp_path)
+    (folder / "chat_template.jinja").write_text("[gMASK]<sop>{{ messages[0]['content'] }}")
+    assert conversation(tokenizer(folder)) == tokenizer(folder).encode("Hello world")
+
+
+def bare(made: Any, text: str) -> list[int]:
+    ids: list[int] = made.encode(text, add_special_tokens=False)
+    return ids
+
+
 def test_listed_special_tokens_come_first(tmp_path: Path) -> None:
     listed = {str(500 + i): {"content": name} for i, name in enumerate(("<|endoftext|>", "[gMASK]", "<sop>", "<x>"))}
     made = tokenizer(folder_with("tiktoken", tmp_path, added_tokens_decoder=listed))

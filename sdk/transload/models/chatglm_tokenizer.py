@@ -19,7 +19,7 @@ from transload.headers import read_json
 from transload.models.sentencepiece import SentencePiece, read_sentencepiece
 
 _MODEL, _JSON, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-_CODE = "tokenization_chatglm.py"
+_CODE, _TEMPLATE = "tokenization_chatglm.py", "chat_template.jinja"
 _MOST_BYTES, _MOST_CODE = 1 << 26, 1 << 20
 _LONGEST = 1024  # letters of a token; merges are looked for at every place in it
 _SPLIT = (
@@ -35,6 +35,19 @@ _CHATGLM_SPECIAL = (
 )  # fmt: skip
 _ROLES = _CHATGLM_SPECIAL[5:]  # of ChatGLM3; in ChatGLM2 these words are text
 _CLASSES = ("ChatGLMTokenizer", "ChatGLM4Tokenizer")
+# How the publishers' code puts a conversation together, for folders from before it was written down as a template:
+# `build_single_message` of GLM-4 and ChatGLM3 (sentencepiece gives every part a space of its own), `build_prompt` of
+# ChatGLM2.
+_GLM4_CHAT, _CHATGLM3_CHAT = (
+    f"[gMASK]{start}{{% for message in messages %}}<|{{{{ message['role'] }}}}|>\n{space}{{{{ message['content'] }}}}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    for start, space in (("<sop>", ""), ("sop", " "))
+)
+_CHATGLM2_CHAT = (
+    "[gMASK]sop{% set rounds = namespace(count=0) %}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] }}\n\n{% else %}{% set rounds.count = rounds.count + 1 %}[Round {{ rounds.count }}]\n\n问："
+    "{{ message['content'] }}\n\n答：{% endif %}{% endfor %}"
+)
 # Fields of tokenizer_config.json that say how the publisher's own class is found and built.
 _OF_THE_CODE = ("auto_map", "tokenizer_class", "added_tokens_decoder", "do_lower_case", "remove_space")
 
@@ -55,24 +68,32 @@ def native_files(folder: Path) -> dict[str, bytes]:
     _check_lengths(ranks, model)
     if ranks:
         special = _special(settings, _GLM4_SPECIAL, len(ranks), model)
-        tokenizer, names = _tiktoken(ranks, special), ("<sop>", "<|endoftext|>", "<|endoftext|>")
+        tokenizer, names = _tiktoken(ranks, special), ("<sop>", "<|endoftext|>", "<|endoftext|>", _GLM4_CHAT)
     else:
         pieces = read_sentencepiece(data, str(model))
         _check_lengths(pieces.tokens, model)
-        usual = _CHATGLM_SPECIAL if _knows_roles(folder, settings) else _CHATGLM_SPECIAL[:5]
+        roles = _knows_roles(folder, settings)
+        usual = _CHATGLM_SPECIAL if roles else _CHATGLM_SPECIAL[:5]
         special = _special(settings, usual, len(pieces.tokens), model)
-        tokenizer, names = _sentencepiece(pieces, special), ("sop", "</s>", "<unk>")
+        chat = _CHATGLM3_CHAT if roles else _CHATGLM2_CHAT
+        tokenizer, names = _sentencepiece(pieces, special), ("sop", "</s>", "<unk>", chat)
     _begin(tokenizer, names[0])
     own = {"eos_token": names[1], "pad_token": names[2], "additional_special_tokens": list(special)}
+    if "chat_template" not in settings:
+        own["chat_template"] = _text(folder / _TEMPLATE) or names[3]
     return {_JSON: tokenizer.to_str(pretty=True).encode(), _CONFIG: _settings(settings, own)}
 
 
 def _knows_roles(folder: Path, settings: Mapping[str, object]) -> bool:
     """True for ChatGLM3: its chat template, or the code beside it, names the roles."""
-    code = folder / _CODE
-    small = code.is_file() and code.stat().st_size < _MOST_CODE
-    text = code.read_text(encoding="utf-8", errors="replace") if small else ""
-    return _ROLES[-1] in json.dumps(settings) or _ROLES[-1] in text
+    texts = (json.dumps(settings), _text(folder / _TEMPLATE), _text(folder / _CODE))
+    return any(_ROLES[-1] in text for text in texts)
+
+
+def _text(file: Path) -> str:
+    """A small text file, "" where there is none."""
+    small = file.is_file() and file.stat().st_size < _MOST_CODE
+    return file.read_text(encoding="utf-8", errors="replace") if small else ""
 
 
 def _settings(stored: Mapping[str, object], own: Mapping[str, object]) -> bytes:
