@@ -200,6 +200,9 @@ def test_nothing_is_converted_silently(tmp_path: Path) -> None:
     ) as e:
         starts(folder, tmp_path)
     assert "--requantize" in str(e.value)
+    with pytest.raises(TransloadError) as other:  # only the check of the table is left out
+        starts(folder, tmp_path, unchecked=True)
+    assert "does not load it" not in str(other.value)
 
 
 @pytest.mark.usefixtures("engine")

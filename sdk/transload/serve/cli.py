@@ -35,6 +35,9 @@ Logs = Annotated[
     Path | None, typer.Option(help="Folder for the engines' logs; a new one in ~/.local/state by default.")
 ]
 Env = Annotated[list[str] | None, typer.Option("--env", help="NAME=VALUE for the engine, on top of everything.")]
+Unchecked = Annotated[
+    bool, typer.Option("--unchecked", help="Start even what Transload's table says the engine does not load.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the command, start nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line for every event.")]
 More = Annotated[list[str] | None, typer.Argument(help="After --, more arguments for the engine.")]
@@ -62,6 +65,7 @@ def serve(
     restarts: Restarts = 0,
     logs: Logs = None,
     env: Env = None,
+    unchecked: Unchecked = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -85,6 +89,7 @@ def serve(
         tp=tp,
         kv_cache=None if kv_cache is None else parse_size(kv_cache),
         drain=drain,
+        unchecked=unchecked,
         arguments=tuple(arguments or ()),
         env=_pairs(env),
     )
@@ -105,6 +110,7 @@ def launch(
     ] = 29600,
     logs: Logs = None,
     env: Env = None,
+    unchecked: Unchecked = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -113,7 +119,9 @@ def launch(
     from transload.serve.run import Settings
     from transload.serve.service import log_folder
 
-    wishes = Wishes(python=engine_python, drain=drain, arguments=tuple(arguments or ()), env=_pairs(env))
+    wishes = Wishes(
+        python=engine_python, drain=drain, unchecked=unchecked, arguments=tuple(arguments or ()), env=_pairs(env)
+    )
     starts = launch_starts(folder, node, wishes, log_folder(logs))
     settings = Settings(start=start_timeout, drain=drain, restarts=restarts, watch_port=watch_port)
     _run(starts, settings, dry_run, json)

@@ -142,6 +142,7 @@ def serve(
     drain: float = 60.0,
     restarts: int = 0,
     logs: str | Path | None = None,
+    unchecked: bool = False,
     arguments: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     on_event: Listener | None = None,
@@ -151,10 +152,12 @@ def serve(
     path: a checkpoint that the engine loads as it is. plan: for this machine, a Plan or its file; without it one is
     made from context, concurrency, tp and kv_cache (bytes on each device, "2 GiB"). port: None takes a free one.
     engine_python: the Python with the engine (TRANSLOAD_VLLM_PYTHON, then this environment, by default). start_timeout
-    and drain: seconds. restarts: how often in a row a failed engine is started again. logs: a folder. arguments, env:
-    more for the engine. on_event: called from several threads with every Event, which the logger "transload.serve"
-    gets too. Everything is checked here; nothing is started before the block. Raises ConfigError, Unsupported,
-    NoBackend, DoesNotFit, FormatError.
+    and drain: seconds. restarts: how often in a row a failed engine is started again. logs: a folder. unchecked: start
+    even what Transload's table says the engine does not load. arguments, env: more for the engine. on_event: called
+    from several threads with every Event, which the logger "transload.serve" gets too.
+
+    Everything is checked here; nothing is started before the block. Raises ConfigError, Unsupported, NoBackend,
+    DoesNotFit, FormatError.
 
     >>> with serve("qwen-vllm-cpu", kv_cache="1 GiB") as service:  # doctest: +SKIP
     ...     OpenAI(base_url=service.base_url, api_key="-").chat.completions.create(model=service.model, messages=...)
@@ -169,6 +172,7 @@ def serve(
         tp=tp,
         kv_cache=None if kv_cache is None else parse_size(kv_cache),
         drain=drain,
+        unchecked=unchecked,
         arguments=tuple(arguments),
         env=dict(env or {}),
     )
