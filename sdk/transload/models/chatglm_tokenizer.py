@@ -45,7 +45,8 @@ _GLM4_CHAT, _CHATGLM3_CHAT = (
 )
 _CHATGLM2_CHAT = (
     "[gMASK]sop{% set rounds = namespace(count=0) %}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ message['content'] }}\n\n{% else %}{% set rounds.count = rounds.count + 1 %}[Round {{ rounds.count }}]\n\n问："
+    "{% if message['role'] == 'assistant' %}{{ message['content'] }}\n\n{% else %}"
+    "{% set rounds.count = rounds.count + 1 %}[Round {{ rounds.count }}]\n\n问："
     "{{ message['content'] }}\n\n答：{% endif %}{% endfor %}"
 )
 # Fields of tokenizer_config.json that say how the publisher's own class is found and built.
