@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from launch.plans import CASES
 from transload.errors import ConfigError
-from transload.launch import Site, live, validators
+from transload.launch import EngineCommand, Site, live, validators
 from transload.launch.check import Finding, check, check_files, passed
+from transload.launch.live import Verdict
 from transload.launch.manifest import FILE, Manifest
 from transload.launch.render import render
 from transload.launch.write import write
@@ -152,3 +154,33 @@ def test_nodes_are_found_by_name_and_number(tmp_path: Path) -> None:
     for wrong in (2, -1, "node-2", "7"):
         with pytest.raises(ConfigError, match=r"the plan has 2 nodes: 0 \(node-0\), 1 \(node-1\)"):
             manifest.on_node(wrong)
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict", "states"),
+    [
+        ("0.23.1", Verdict(None, None, {"world_size": 8, "local_world_size": 8, "layers": 78}), ["ok", "ok"]),
+        ("0.23.1", Verdict("unrecognized arguments: --x", None, None), ["bad"]),
+        ("0.23.1", Verdict(None, "64 heads must be divisible", None), ["ok", "bad"]),
+        ("0.32.0", Verdict("unrecognized arguments: --x", None, None), ["note"]),
+        ("0.32.0", Verdict(None, "64 heads must be divisible", None), ["ok", "note"]),
+    ],
+    ids=["good", "parser", "configuration", "parser of another release", "configuration of another release"],
+)
+def test_an_engine_s_verdict_counts_when_it_is_the_planned_release(
+    version: str, verdict: Verdict, states: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def judge(
+        python: str, commands: Sequence[EngineCommand], folders: Sequence[str | None]
+    ) -> tuple[str, list[Verdict]]:
+        asked.extend(folders)
+        return version, [verdict] * len(commands)
+
+    monkeypatch.setattr(live, "judge", judge)
+    (tmp_path / "config.json").write_text("{}")
+    findings = check(_rendered(tmp_path / "out"), config=tmp_path / "config.json", python="python-of-vllm")
+    mine = [f for f in findings if f.subject == "engine-0" and f"vLLM {version}" in f.by]
+    assert [f.state for f in mine] == states
+    assert asked == [str(tmp_path)] * 2
