@@ -61,6 +61,9 @@ def container(
         out |= {**remark("May hold VLLM_API_KEY."), "envFrom": [{"secretRef": secret}]}
         out["ports"] = [{"name": "http", "containerPort": port}]
     out["resources"] = _resources(instance)
+    if instance.plan.platform == "cpu":
+        capabilities = {"capabilities": {"add": Flow(["SYS_NICE"])}}
+        out |= {**remark("The engine binds threads and memory to NUMA nodes."), "securityContext": capabilities}
     if role != WORKER:
         out |= _probes(instance)
     return out
