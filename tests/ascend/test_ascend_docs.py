@@ -23,6 +23,16 @@ def test_every_file_that_the_page_names_exists() -> None:
     assert {link for link in links if not (ROOT / "docs" / link).exists()} == set()
 
 
+def test_the_page_of_limits_is_what_the_data_says_and_every_limit_on_it_has_a_test() -> None:
+    from test_ascend_limits import TABLES as TESTED
+
+    from transload_ascend.limits.__main__ import TABLES, page
+
+    assert (ROOT / "docs" / "ascend-limits.md").read_text(encoding="utf-8") == page()
+    assert {id(limits) for _, limits in TABLES} == {id(table.limits) for table in TESTED}
+    assert sum(len(limits) for _, limits in TABLES) == sum(len(table.bad) for table in TESTED) > 130
+
+
 def test_every_limit_and_kernel_that_the_page_names_exists() -> None:
     limits = "\n".join(f.read_text(encoding="utf-8") for f in (ROOT / "backends/transload_ascend/limits").glob("*.py"))
     for name in ("nz-group-size", "x-2d", "inner-size", "width", "swiglu-n", "swiglu-k"):
