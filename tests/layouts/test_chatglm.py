@@ -207,6 +207,9 @@ def test_biases_of_zeros_that_gptq_tools_store_are_left_out_and_named(tmp_path: 
         ({"num_attention_heads": 3}, "128 rows, config.json says"),
         ({"multi_query_group_num": 4}, "expected at least 192 rows"),
         ({"num_layers": -1}, "'num_layers' is -1"),
+        ({"hidden_size": "64"}, "'hidden_size' is '64'"),
+        ({"rope_ratio": "500"}, "'rope_ratio' is '500'"),
+        ({"rope_ratio": float("nan")}, "'rope_ratio' is nan"),
         ({"num_attention_heads": 1 << 30, "multi_query_attention": False}, "1073741824 heads"),
     ],
 )

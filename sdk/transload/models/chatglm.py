@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from transload.errors import Unsupported
+from transload.errors import ConfigError, Unsupported
 from transload.models.fields import Fields
 from transload.models.relayout import Frequencies, Relayout, Rows
 
@@ -35,12 +35,15 @@ _FIXED: tuple[tuple[str, bool, str], ...] = (
     ("add_bias_linear", False, "every linear of it has a bias"),
 )
 # Fields that both have, by ChatGLM's name and transformers'.
-_RENAMED = (
+_SIZES = (
     ("padded_vocab_size", "vocab_size"),
     ("hidden_size", "hidden_size"),
     ("ffn_hidden_size", "intermediate_size"),
     ("num_layers", "num_hidden_layers"),
     ("num_attention_heads", "num_attention_heads"),
+)
+_RENAMED = (
+    *_SIZES,
     ("multi_query_group_num", "num_key_value_heads"),
     ("kv_channels", "head_dim"),
     ("seq_length", "max_position_embeddings"),
@@ -48,6 +51,7 @@ _RENAMED = (
     ("add_qkv_bias", "attention_bias"),
     ("attention_dropout", "attention_dropout"),
 )
+_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048}  # of ChatGLM's configuration class
 _CARRIED = (
     "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "dtype", "torch_dtype", "quantization_config",
     "compression_config",
@@ -67,7 +71,8 @@ def to_native(config: Config, source: str, code: str | None) -> Relayout:
     heads, width = f.count("num_attention_heads"), f.count("kv_channels")
     groups = f.count("multi_query_group_num") if f.flag("multi_query_attention", default=False) else heads
     native: dict[str, object] = {"architectures": ["GlmForCausalLM"], "model_type": NATIVE}
-    native |= {theirs: config[ours] for ours, theirs in _RENAMED if ours in config}
+    native |= _DEFAULTS | {theirs: config[ours] for ours, theirs in _RENAMED if ours in config}
+    native |= {theirs: f.count(ours) for ours, theirs in _SIZES}
     native |= {
         "num_key_value_heads": groups,
         "hidden_act": "silu",
@@ -231,4 +236,8 @@ def _head_dim(f: Fields) -> int:
 
 def _number(f: Fields, name: str, default: float) -> float:
     value = f.values.get(name)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConfigError(f"{f.source}: '{name}' is {value!r:.40}, expected a positive number")
+    return float(value)
