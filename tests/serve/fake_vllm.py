@@ -37,6 +37,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
+        if self.path == "/metrics":
+            page = f'vllm:num_requests_running{{engine="0"}} {active}.0\nvllm:num_requests_waiting{{engine="0"}} 0.0\n'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page.encode())
+            return
         code = 503 if given.get("deaf") else 200
         self.answer(code, {"data": [{"id": option("--served-model-name", "?")}], "server_load": active})
 

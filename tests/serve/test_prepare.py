@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from transload.errors import ConfigError, DoesNotFit, NoBackend, TransloadError, Unsupported
+from transload.errors import ConfigError, DoesNotFit, FormatError, NoBackend, TransloadError, Unsupported
 from transload.plan.planner import plan as make_plan
 from transload.plan.result import Plan
+from transload.serve.complete import check_complete
 from transload.serve.engine import find_engine, probe
 from transload.serve.health import free_port
 from transload.serve.prepare import Wishes, serve_starts
@@ -211,6 +212,32 @@ def test_no_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(TransloadError, match=name):
         starts(tmp_path / name, tmp_path)
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_checkpoint_that_lacks_tensors_is_not_served(tmp_path: Path) -> None:
+    """vLLM 0.32 serves a quantized one without a word."""
+    from containers import entry, safetensors
+
+    folder = tmp_path / "holes"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    parts = ("input_layernorm.weight", "mlp.up_proj.weight", "self_attn.q_proj.weight")
+    names = [f"model.layers.{i}.{p}" for i in range(4) for p in parts if (i, p) != (2, "input_layernorm.weight")]
+    header = {name: entry("BF16", (1,), 2 * at, 2 * at + 2) for at, name in enumerate(names)}
+    (folder / "model.safetensors").write_bytes(safetensors(header, bytes(2 * len(names))))
+    with pytest.raises(FormatError, match=r"model\.layers\.2 lacks input_layernorm\.weight, which other layers have"):
+        starts(folder, tmp_path)
+
+
+def test_kinds_of_layers_are_not_taken_for_damage(tmp_path: Path) -> None:
+    from containers import entry, safetensors
+
+    names = [f"model.layers.{i}.mlp.weight" for i in range(4)]
+    names += [f"model.layers.{i}.indexer.weight" for i in (1, 3)] + ["model.layers.4.mtp.weight", "model.norm.weight"]
+    header = {name: entry("BF16", (1,), 2 * at, 2 * at + 2) for at, name in enumerate(names)}
+    (tmp_path / "model.safetensors").write_bytes(safetensors(header, bytes(2 * len(names))))
+    check_complete(tmp_path)
 
 
 def test_workers_get_cores_where_the_engine_would_refuse(

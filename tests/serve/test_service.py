@@ -87,10 +87,15 @@ def test_a_cache_as_planned_is_confirmed_and_another_one_reported(
 
 
 @pytest.mark.usefixtures("engine")
-def test_stopping_loses_no_running_request(checkpoint: Path, tmp_path: Path, behave: Behave) -> None:
+@pytest.mark.parametrize("drains", [True, False], ids=["by the engine", "by waiting"])
+def test_stopping_loses_no_running_request(
+    checkpoint: Path, tmp_path: Path, behave: Behave, make_engine: Callable[..., Path], drains: bool
+) -> None:
     behave(seconds=3.0)
+    python = make_engine("0.32.1", drains=drains)
     with ThreadPoolExecutor(8) as pool:
-        with make(checkpoint, tmp_path) as service:
+        with make(checkpoint, tmp_path, engine_python=python) as service:
+            assert ("--shutdown-timeout" in service._starts[0].argv) == drains
             answers = [pool.submit(ask, service, str(i)) for i in range(8)]
             time.sleep(0.4)  # all of them run, none is done
         assert [a.result() for a in answers] == [f"echo: {i}" for i in range(8)]

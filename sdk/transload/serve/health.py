@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import http.client
+import re
 import socket
 import urllib.error
 import urllib.request
@@ -19,6 +20,18 @@ def healthy(url: str, timeout: float) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, TimeoutError, OSError, ValueError, http.client.HTTPException):
         return False
+
+
+def running_requests(url: str, timeout: float) -> int | None:
+    """Requests that an engine has begun or queued, as its Prometheus page says; None when it does not."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=timeout) as answer:
+            page = answer.read(16 << 20).decode("utf-8", "replace")
+    except (urllib.error.URLError, TimeoutError, OSError, ValueError, http.client.HTTPException):
+        return None
+    found = re.findall(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)$", page, re.MULTILINE)
+    return int(sum(map(float, found))) if found else None
 
 
 def check_port(host: str, port: int, what: str, option: str) -> None:

@@ -6,17 +6,20 @@ import shlex
 from pathlib import Path
 
 from transload.errors import ConfigError, TransloadError, Unsupported
+from transload.serve.complete import check_complete
 from transload.serve.engine import InstalledEngine
 
 
 def check_loads(path: Path, engine: InstalledEngine) -> None:
     """Raises Unsupported with the `transload port` command when the engine does not load the checkpoint.
 
-    Nothing is converted here. Raises ConfigError when there is no checkpoint, FormatError when it is damaged. Releases
+    Nothing is converted here. Raises ConfigError when there is no checkpoint, FormatError when it is damaged or lacks
+    tensors. Releases
     of an engine that Transload does not know are not judged.
     """
     if not path.exists():
         raise ConfigError(f"{path}: there is no such checkpoint")
+    check_complete(path)
     from transload import engines
     from transload.inspection import inspect
 

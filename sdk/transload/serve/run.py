@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transload.errors import ConfigError, TransloadError
 from transload.serve.events import Event, Kind, Listener
 from transload.serve.failures import Failure, explain
-from transload.serve.health import healthy
+from transload.serve.health import healthy, running_requests
 from transload.serve.logs import Progress, advance
 from transload.serve.neighbours import Neighbours
 from transload.serve.process import Child
@@ -69,9 +69,11 @@ class Runner:
     def _run(self) -> None:
         """Until the engine was stopped, or failed as often as it may."""
         try:
+            if self.begin.log.exists():
+                self.begin.log.replace(self.begin.log.with_suffix(".log.old"))
             self._neighbours.join(self._settings.watch_port)
             self._attempts()
-        except TransloadError as error:
+        except (TransloadError, OSError) as error:
             self.failure = Failure("not-started", str(error), "")
             self._say_failed(self.failure)
         finally:
@@ -226,8 +228,19 @@ class Runner:
                 if self._neighbours.head_left.wait(_TICK):
                     deadline = time.monotonic() + _GRACE / 4  # nothing is left to finish
                     break
+        if self.begin.head and not self.begin.drains:
+            self._await_idle(child, deadline - _GRACE)
         child.terminate()
         while time.monotonic() < deadline and not self._force.is_set() and child.poll() is None:
+            self._force.wait(_TICK)
+
+    def _await_idle(self, child: Child, deadline: float) -> None:
+        """For an engine that would drop running requests when it is asked to end: waits until it has none."""
+        command = self.begin.command
+        page = command.health_url.removesuffix(command.health_path) + "/metrics"
+        while time.monotonic() < deadline and not self._force.is_set() and child.poll() is None:
+            if not running_requests(page, 5.0):
+                return
             self._force.wait(_TICK)
 
     def _line(self, text: str) -> None:

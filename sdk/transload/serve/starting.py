@@ -26,6 +26,7 @@ class Start:
     log: Path
     peers: Mapping[str, str]
     platform: str
+    drains: bool  # the engine finishes running requests by itself when it is asked to end
     kv_tokens: int | None = None  # what the plan predicts for the instance
 
     @property
@@ -67,6 +68,7 @@ def start_of(
         log=folder / f"{command.name}.log",
         peers=peers or {},
         platform=engine.platform,
+        drains="--shutdown-timeout" in argv,
         kv_tokens=kv_tokens,
     )
 
