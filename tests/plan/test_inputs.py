@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import struct
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -86,6 +88,27 @@ def test_a_bad_yaml_file_is_refused(tmp_path: Path, text: str, words: str) -> No
     file.write_text(text)
     with pytest.raises(ConfigError, match=words):
         load_cluster(file)
+
+
+class _Config(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        found = self.path == "/Qwen/Qwen3-8B/resolve/main/config.json"
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps(config("Qwen3-8B")).encode() if found else b"")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_remote_config_is_a_model() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Config) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}/Qwen/Qwen3-8B/resolve/main"
+        assert plan(f"{root}/config.json", "1xH100").kv_tokens == plan(config("Qwen3-8B"), "1xH100").kv_tokens
+        with pytest.raises(ConfigError, match=r"other/config.json: cannot be fetched"):
+            load_model(f"{root}/other")
+        server.shutdown()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
