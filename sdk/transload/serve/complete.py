@@ -1,5 +1,5 @@
-"""Whether a checkpoint's layers have the same tensors: vLLM 0.32 serves a quantized one that lacks some, with whatever
-lies in memory in their place.
+"""Whether a checkpoint's layers have the same tensors: vLLM 0.32 serves a quantized one that lacks some, with
+values of its own in their place.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ def check_complete(path: Path) -> None:
             more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
             raise FormatError(
                 f"{path}: {stack}.{number} lacks {', '.join(lacking[:3])}{more}, which other layers have; the engine "
-                "would not notice and answer nonsense. Get the missing files, or port it again"
+                "would not notice and serve another model. Get the missing files, or port it again"
             )
