@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "formats": {"errors", "quant", "bits", "headers", "models"},
     "layouts": {"errors", "quant", "headers", "models", "formats"},
     "plan": {"errors", "headers", "models"},
+    "serve": {"errors", "headers", "plan", "launch", "engines", "inspection", "checkpoint", "porting"},
     "launch": {"errors", "plan", "__version__"},
 }
 TORCH_FREE = ("errors", "headers", "plan", "launch", "models")

@@ -27,6 +27,7 @@ from transload.plan.result import Plan
 from transload.serve.health import free_port
 from transload.serve.prepare import Wishes, launch_starts
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address on Linux only")
 Behave = Callable[..., None]
 LOAD_TEST = Path(__file__).parents[2] / "examples" / "load_test.py"
 
