@@ -85,7 +85,8 @@ def to_native(config: Config, source: str, code: str | None) -> Relayout:
         native["eos_token_id"] = _END_OF_TEXT[f.count("padded_vocab_size")]
     native["tie_word_embeddings"] = f.flag("tie_word_embeddings", default=False)
     grouped = f.flag("multi_query_attention", default=False)
-    modules = dict(_native_modules(f.count("num_layers"), heads, groups, width, grouped))
+    sizes = tuple(f.count(name) for name in ("padded_vocab_size", "hidden_size", "ffn_hidden_size"))
+    modules = dict(_native_modules(f.count("num_layers"), sizes, heads, groups, width, grouped))
     biased = native["attention_bias"] is True
     return Relayout(
         config=native,
@@ -187,21 +188,23 @@ def _rope(f: Fields, source: str, code: str | None) -> dict[str, object]:
 
 
 def _native_modules(
-    layers: int, heads: int, groups: int, width: int, grouped: bool
+    layers: int, sizes: tuple[int, ...], heads: int, groups: int, width: int, grouped: bool
 ) -> Iterator[tuple[str, tuple[Rows, ...]]]:
-    yield "model.embed_tokens", (Rows("transformer.embedding.word_embeddings"),)
+    """Every module with the number of rows that the configuration gives it. sizes: vocabulary, hidden, intermediate."""
+    vocabulary, hidden, intermediate = sizes
+    yield "model.embed_tokens", (Rows("transformer.embedding.word_embeddings", 0, vocabulary),)
     for i in range(layers):
         old, new = f"transformer.encoder.layers.{i}", f"model.layers.{i}"
         qkv = f"{old}.self_attention.query_key_value"
         for name, rows in zip("qkv", _qkv_rows(qkv, heads, groups, width, grouped), strict=True):
             yield f"{new}.self_attn.{name}_proj", rows
-        yield f"{new}.self_attn.o_proj", (Rows(f"{old}.self_attention.dense"),)
+        yield f"{new}.self_attn.o_proj", (Rows(f"{old}.self_attention.dense", 0, hidden),)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{new}.{norm}", (Rows(f"{old}.{norm}"),)
-        yield f"{new}.mlp.gate_up_proj", (Rows(f"{old}.mlp.dense_h_to_4h"),)
-        yield f"{new}.mlp.down_proj", (Rows(f"{old}.mlp.dense_4h_to_h"),)
-    yield "model.norm", (Rows("transformer.encoder.final_layernorm"),)
-    yield "lm_head", (Rows("transformer.output_layer"),)
+            yield f"{new}.{norm}", (Rows(f"{old}.{norm}", 0, hidden),)
+        yield f"{new}.mlp.gate_up_proj", (Rows(f"{old}.mlp.dense_h_to_4h", 0, 2 * intermediate),)
+        yield f"{new}.mlp.down_proj", (Rows(f"{old}.mlp.dense_4h_to_h", 0, hidden),)
+    yield "model.norm", (Rows("transformer.encoder.final_layernorm", 0, hidden),)
+    yield "lm_head", (Rows("transformer.output_layer", 0, vocabulary),)
 
 
 def _qkv_rows(name: str, heads: int, groups: int, width: int, grouped: bool) -> Iterator[tuple[Rows, ...]]:

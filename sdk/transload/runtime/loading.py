@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -178,6 +179,9 @@ def model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedC
         raise Unsupported(f"{checkpoint.path}: {reason}")
     try:
         return AutoConfig.for_model(SAME_MODEL.get(model_type, model_type), **fields)
+    except StrictDataclassError as e:
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"{checkpoint.path}: transformers does not take this config.json: {reason}") from e
     except ValueError as e:
         raise Unsupported(
             f"{checkpoint.path}: transformers {transformers.__version__} has no model '{model_type}': {e}"
