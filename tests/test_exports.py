@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import transload
 from transload import errors
 
@@ -9,6 +12,13 @@ from transload import errors
 def test_every_public_name_loads() -> None:
     for name in transload.__all__:
         assert getattr(transload, name) is not None
+
+
+def test_type_checkers_see_what_is_there_at_run_time() -> None:
+    tree = ast.parse(Path(transload.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == set(transload.__all__)
 
 
 def test_every_error_is_a_transload_error() -> None:

@@ -7,6 +7,27 @@ when a job needs it.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers see; at run time the table below
+    from transload.checkpoint import Checkpoint as Checkpoint
+    from transload.checkpoint import open as open
+    from transload.errors import TransloadError as TransloadError
+    from transload.evaluation import EvalReport as EvalReport
+    from transload.evaluation import evaluate as evaluate
+    from transload.inspection import inspect as inspect
+    from transload.plan.planner import plan as plan
+    from transload.porting import PortReport as PortReport
+    from transload.porting import port as port
+    from transload.porting.verify import verify as verify
+    from transload.quant import ActSpec as ActSpec
+    from transload.quant import QTensor as QTensor
+    from transload.quant import QuantSpec as QuantSpec
+    from transload.quantize.run import quantize as quantize
+    from transload.runtime import TransloadConfig as TransloadConfig
+    from transload.runtime import generate as generate
+    from transload.runtime import load as load
+    from transload.serve.service import serve as serve
 
 _HOMES = {
     "TransloadError": "transload.errors",
