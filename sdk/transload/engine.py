@@ -36,7 +36,7 @@ class Rule:
     zeros: frozenset[Zero]
     executed: str
     kernel: str = ""
-    act: str = "none"  # "none", "token" (dynamic int8 per token), "static"
+    act: str = "none"  # "none", "token" (dynamic int8 per token), "block" (per token and group), "static"
     grid: Grid = Grid.INT
     experts: bool | None = None  # None: dense layers and experts
     archs: frozenset[str] = frozenset()
@@ -114,7 +114,8 @@ class Engine:
 
         Without an arch, rules for all architectures come first, then those for some.
         """
-        rules = [r for r in self.rules if r.format == format]
+        static = layer.spec.act is not None and layer.spec.act.static
+        rules = [r for r in self.rules if r.format == format and (static or r.act != "static")]
         if arch is None:
             rules.sort(key=lambda rule: bool(rule.archs))
         if not rules:
@@ -136,7 +137,12 @@ class Engine:
         return ", ".join(dict.fromkeys(named))
 
 
-_ACT = {"none": "of 16 bits", "token": "int8 per token", "static": "static int8"}
+_ACT = {
+    "none": "of 16 bits",
+    "token": "int8 per token",
+    "block": "int8 per token and group",
+    "static": "static int8",
+}
 
 
 def _act(spec: QuantSpec) -> str:
@@ -144,7 +150,9 @@ def _act(spec: QuantSpec) -> str:
         return "none"
     if spec.act.static:
         return "static"
-    return "token" if spec.act.group_size == PER_CHANNEL else f"int8 per token and {spec.act.group_size}"
+    if spec.act.group_size == PER_CHANNEL:
+        return "token"
+    return "block" if spec.act.group_size == spec.group_size else f"int8 per token and {spec.act.group_size}"
 
 
 def _list(items: Iterable[int | str]) -> str:

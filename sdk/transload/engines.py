@@ -151,7 +151,23 @@ LLAMA_CPP = Engine(
     "llama-server -m {path}",
 )
 
-ENGINES = (VLLM_CUDA, VLLM_CPU, VLLM_ASCEND_023, VLLM_ASCEND_MAIN, LLAMA_CPP)
+_BLOCKS = frozenset({16, 32, 64, 128, 256})
+_ZEROS = frozenset({Zero.MIDPOINT, Zero.CODES, Zero.FLOATS})
+_PER_BLOCK = "accuracy level 4: activations are quantized per token and block"
+
+ONNXRUNTIME = Engine(
+    "onnxruntime",
+    "1.31",
+    "CPU",
+    (
+        Rule("onnx", _W48, _BLOCKS, _ZEROS, "W{bits}A16", "MatMulNBits", note="activations are float32"),
+        Rule("onnx", _W48, _BLOCKS, _ZEROS, "W{bits}A8", "MatMulNBits", act="token", note=_PER_BLOCK),
+        Rule("onnx", _W48, _BLOCKS, _ZEROS, "W{bits}A8", "MatMulNBits", act="block", note=_PER_BLOCK),
+    ),
+    "python examples/onnx_answer.py {path} PROMPT",
+)
+
+ENGINES = (VLLM_CUDA, VLLM_CPU, VLLM_ASCEND_023, VLLM_ASCEND_MAIN, LLAMA_CPP, ONNXRUNTIME)
 
 
 def find_engine(name: str) -> Engine | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from transload.checkpoint import Checkpoint
 from transload.engines import ENGINES
@@ -28,7 +29,7 @@ _SCHEMES = (
     "int8-g32", "int8-g128", "int8-channel", "int8-channel-a8", "int4-g32-asym", "int4-g128", "int4-g128-a8",
     "int4-channel", "int4-channel-a8",
 )  # fmt: skip
-_NAMED = 4  # targets that a message names
+_NAMED = 3  # engines and formats that a message names
 
 
 def refused(source: Checkpoint, plan: PortPlan, asked: Schemes | str | None = None) -> CannotHold:
@@ -74,14 +75,16 @@ def _targets_that_fit(source: Checkpoint, plan: PortPlan) -> Iterator[str]:
     """Other targets that take every number of the source as it is: engines, the same one first, and formats."""
     engine = plan.target.engine
     name = engine.name if engine is not None else ""
-    engines = sorted((e for e in ENGINES if e is not engine), key=lambda e: e.name != name)
-    names = [e.target for e in engines] if engine is not None else []
-    names += [f.name for f in FORMATS if _is_written(f) and f.name != plan.target.name]
+    engines = sorted((e for e in ENGINES if e is not engine), key=lambda e: e.name != name) if engine else []
+    formats = [f.name for f in FORMATS if _is_written(f) and f.name != plan.target.name]
     options = Options(floats=plan.options.floats, act=plan.options.act)
-    fitting = [n for n in names if any(_fits(source, target, options) for target in find_targets(n))]
+    fitting: list[str] = []
+    for names in ([e.target for e in engines], formats):
+        found = (n for n in names if any(_fits(source, target, options) for target in find_targets(n)))
+        fitting += islice(found, _NAMED)
     if fitting:
         several = "one of " if len(fitting) > 1 else ""
-        yield f"--to {several}{', '.join(fitting[:_NAMED])}, which takes these numbers as they are"
+        yield f"--to {several}{', '.join(fitting)}, which takes these numbers as they are"
     yield "--to transload, which holds every scheme"
     yield "--to fp32, which dequantizes"
 
