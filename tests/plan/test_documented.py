@@ -91,6 +91,15 @@ def test_engines_of_ascend_load_what_they_document() -> None:
     assert plan(config("GLM-5"), "16xA3", {"context": "32k"}, recipe="w4a8", engine="vllm-ascend==main").fits
 
 
+def test_groups_in_activation_order_are_refused_as_vllm_does() -> None:
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
+    answer = plan({**config("Qwen3-8B"), "quantization_config": gptq}, "1xH100", {"context": 4096})
+    assert not answer.fits
+    assert "no longer loads groups in activation order" in answer.reason
+    channel = {**gptq, "group_size": -1}
+    assert plan({**config("Qwen3-8B"), "quantization_config": channel}, "1xH100", {"context": 4096}).fits
+
+
 def test_formats_that_a_device_or_engine_lacks_are_refused() -> None:
     for model, cluster, recipe, words in [
         ("GLM-4.6", "8xH100", "w4a8", "no int4 weights with int8 activations"),

@@ -119,6 +119,10 @@ def _loadable(model: Model, engine: Engine) -> Iterator[Violation]:
     if engine.platform == "cuda" and any(s.kind is Kind.INT_ACT and s.bits == 4 for s in model.schemes()):
         text = f"{engine.name} on CUDA has no int4 weights with int8 activations"
         yield Violation("format", text, ("recipe int4-g128 (W4A16)", "recipe w8a8"))
+    if engine.platform != "ascend" and any(s.act_order and s.grouped for s in model.schemes()):
+        # vLLM 0.32: gptq_utils.py and compressed_tensors.py refuse desc_act and actorder "group" when they start.
+        text = f"{engine.name} {engine.version} no longer loads groups in activation order (desc_act, actorder=group)"
+        yield Violation("format", text, ("requantizing: transload port --requantize int4-g128",))
     own = next((s for s in model.schemes() if s.kind is Kind.BLOCKS), None)
     if own is not None:
         text = f"{engine.name} {engine.version} does not load {own.name} (GGUF and bitsandbytes)"

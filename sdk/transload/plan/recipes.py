@@ -130,7 +130,7 @@ def _gptq(q: Mapping[str, object]) -> Recipe:
     bits, group = _integer_field(q, "bits", 4), _integer_field(q, "group_size", 128)
     sym, order = q.get("sym", True) is not False, q.get("desc_act") is True
     keep = () if q.get("lm_head") else ("lm_head",)
-    scheme = integer(bits, group, asymmetric=not sym, act_order=order)
+    scheme = integer(bits, group, asymmetric=not sym, act_order=order and group > 0)
     return Recipe(f"gptq {scheme.name}", scheme, keep=keep)
 
 
@@ -171,7 +171,7 @@ def _compressed_scheme(weights: Mapping[str, object], activations: bool) -> Sche
         return (NVFP4 if size == 16 else MXFP4) if bits == 4 else FP8_CHANNEL
     if activations:
         return integer_act(bits, size)
-    return integer(bits, size, weights.get("symmetric") is False, bool(weights.get("actorder")))
+    return integer(bits, size, weights.get("symmetric") is False, weights.get("actorder") in ("group", "dynamic"))
 
 
 def _bitsandbytes(q: Mapping[str, object]) -> Recipe:

@@ -56,6 +56,7 @@ def read_stored(headers: Mapping[str, TensorInfo], info: ModelInfo, description:
     """
     modules = _by_module(headers)
     schemes = {}
+    ordered = (info.quantization or {}).get("desc_act") is True  # files have a g_idx without it as well
     inputs = {
         f"{info.names.layers}.{i}.{m.name}".replace("{e}", "0"): m.k
         for i in range(info.layers)
@@ -63,6 +64,8 @@ def read_stored(headers: Mapping[str, TensorInfo], info: ModelInfo, description:
     }
     for name, tensors in modules.items():
         scheme = _scheme(name, tensors, description, inputs.get(name))
+        if scheme is not None and ordered and "g_idx" in tensors and scheme.grouped:
+            scheme = integer(scheme.bits, scheme.group, scheme.zeros > 0, act_order=True)
         if scheme is not None:
             schemes[name] = scheme
     _check(info, modules)
