@@ -52,7 +52,8 @@ def _schemes_that_work(source: Checkpoint, plan: PortPlan, asked: Schemes | str 
             yield f"--activations {word}, which changes no weight"
     auto = auto_schemes(source, plan.target, plan.options) if asked is None else None
     if auto is not None and not _refuses(source, plan.target, replace(plan.options, requantize=auto)):
-        short = "; ".join(_short(choice) for choice in auto.choices)
+        alone = len(auto.choices) == 1
+        short = "; ".join(_short(choice).removeprefix("the rest " if alone else "") for choice in auto.choices)
         yield f"--requantize auto ({short}), which changes these modules and reports the error"
     for text in _SCHEMES:
         options = replace(plan.options, requantize=Schemes((Choice("", parse_spec(text)),)))
