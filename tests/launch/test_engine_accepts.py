@@ -29,7 +29,8 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
         for command in commands(case.plan(), "/models/it's a model", site=case.site):
             if command.argv[:2] == ("vllm", "serve"):
                 rows.append((case.id, command, str(folder)))
-    version, verdicts = live.judge(str(PYTHON), [c for _, c, _ in rows], [f for _, _, f in rows])
+    python, folders = str(PYTHON), [folder for _, _, folder in rows]
+    version, verdicts = live.judge(python, [c for _, c, _ in rows], folders, timeout=1200)
     assert version.startswith("0.32")
     out: Judged = {}
     for (name, command, _), verdict in zip(rows, verdicts, strict=True):
