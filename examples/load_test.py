@@ -23,6 +23,9 @@ from dataclasses import dataclass, field
 import httpx
 
 
+ON_THE_WAY = 2.0  # seconds between a client's decision to ask and the server's knowledge of it
+
+
 @dataclass
 class Result:
     """What happened. first, whole: seconds to the first token and to the end of each answer."""
@@ -38,7 +41,7 @@ class Result:
 async def answer(client: httpx.AsyncClient, body: dict[str, object], result: Result, stopped: asyncio.Event) -> None:
     """One chat."""
     began, first, tokens, reason, done = time.monotonic(), None, 0, None, False
-    late = stopped.is_set()  # begun after the server was told to stop: it may be refused
+    late = stopped.is_set()
     try:
         async with client.stream("POST", "chat/completions", json=body) as response:
             if response.status_code != 200:
@@ -53,6 +56,8 @@ async def answer(client: httpx.AsyncClient, body: dict[str, object], result: Res
                     first = first or time.monotonic()
                     reason = choice["finish_reason"] or reason
     except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
+        # Begun after SIGTERM, or so shortly before that it reached the server after it: it may be refused.
+        late = late or (stopped.is_set() and time.monotonic() - began < ON_THE_WAY)
         if late and not tokens:
             result.refused += 1
             await asyncio.sleep(0.2)

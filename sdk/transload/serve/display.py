@@ -102,7 +102,7 @@ class Display:
             done = share(stage, None if fraction is None else float(fraction))
             self._bars.update(row, description=escape(plain(event.text)), completed=done)
         elif event.kind in ("ready", "load", "draining"):
-            text = f"serving at {event.data['url']}" if event.kind == "ready" else event.text
-            self._bars.update(row, description=escape(plain(text)), completed=100)
+            texts = {"ready": f"serving at {event.data.get('url')}", "draining": "finishing requests"}
+            self._bars.update(row, description=escape(plain(texts.get(event.kind, event.text))), completed=100)
         elif event.kind in ("failed", "stopped"):
             self._bars.update(row, description=event.kind)

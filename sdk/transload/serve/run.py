@@ -183,8 +183,9 @@ class Runner:
         url = command.health_url.removesuffix(command.health_path) + "/v1"
         self._neighbours.say("ready")
         self._compare()
-        text = f"ready after {seconds:.0f} s: {url}" if self.begin.head else f"ready: the head answers at {url}"
-        self._tell("ready", text, url=url, seconds=round(seconds, 1), log=str(self.begin.log))
+        own = f"ready after {seconds:.0f} s: {url}, model {self.begin.model}"
+        text = own if self.begin.head else f"ready: the head answers at {url}"
+        self._tell("ready", text, url=url, model=self.begin.model, seconds=round(seconds, 1), log=str(self.begin.log))
         self.ready.set()
 
     def _compare(self) -> None:

@@ -47,8 +47,7 @@ class Service:
     @property
     def model(self) -> str:
         """The name that requests give as `model`."""
-        argv = self._starts[0].argv
-        return argv[argv.index("--served-model-name") + 1]
+        return self._starts[0].model
 
     @property
     def logs(self) -> tuple[Path, ...]:

@@ -35,6 +35,12 @@ class Start:
         return self.command.name
 
     @property
+    def model(self) -> str:
+        """The name that requests give as `model`; "" where the command does not say it."""
+        at = self.argv.index("--served-model-name") if "--served-model-name" in self.argv else -1
+        return self.argv[at + 1] if at >= 0 else ""
+
+    @property
     def head(self) -> bool:
         """True for the process that serves HTTP."""
         return self.command.role == "head"
