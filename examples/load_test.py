@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 
 import httpx
 
-
 ON_THE_WAY = 2.0  # seconds between a client's decision to ask and the server's knowledge of it
 
 
