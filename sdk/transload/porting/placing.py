@@ -22,6 +22,7 @@ from transload.rewrite import exact_forms
 # Float linears that a scheme for everything is for. kv_b_proj is absorbed into attention when a model is loaded.
 _LINEARS = ("attention", "shared_experts", "experts", "mlp")
 _ABSORBED = "kv_b_proj"
+_Kind = tuple[QuantSpec, tuple[int, ...], bool, bool]
 _COMMON = 4  # a width that every container of quantized weights has
 
 
@@ -32,7 +33,9 @@ class Placer:
         self.target, self.options = target, options
         self.refusals: dict[str, str] = {}
         self._entries, self._depth = source.entries, _depth(source)
-        self._answers: dict[tuple[QuantSpec, tuple[int, ...], bool, bool], str | None] = {}
+        self._answers: dict[_Kind, str | None] = {}
+        self._forms_taken: dict[_Kind, QuantSpec | None] = {}
+        self._reasons: dict[_Kind, str] = {}
         self._layouts: dict[tuple[QuantSpec, tuple[int, ...], str], Layout] = {}
 
     def quantized(self, name: str, spec: QuantSpec, shape: tuple[int, ...], expert: int | None) -> Output:
@@ -81,11 +84,16 @@ class Placer:
         the caller said what to declare or the engine would multiply with fewer bits than `spec` asks for. Forms with
         wider codes come last: they cost memory.
         """
-        forms = [*self._forms(spec), *self._forms_with_other_activations(spec)]
-        for form in sorted(forms, key=lambda form: form.bits > spec.bits):
-            if self.refuses(name, form, shape) is None and self._keeps_precision(name, form, shape, spec):
-                return form
-        return None
+        kind = self._kind(name, spec, shape)
+        if kind not in self._forms_taken:
+            forms = [*self._forms(spec), *self._forms_with_other_activations(spec)]
+            taken = (
+                form
+                for form in sorted(forms, key=lambda form: form.bits > spec.bits)
+                if self.refuses(name, form, shape) is None and self._keeps_precision(name, form, shape, spec)
+            )
+            self._forms_taken[kind] = next(taken, None)
+        return self._forms_taken[kind]
 
     def rounds_to(self, name: str, scheme: QuantSpec, shape: tuple[int, ...]) -> QuantSpec | None:
         """The form of a scheme that numbers are rounded to. Four bits kept in eight are not what was asked for."""
@@ -96,16 +104,23 @@ class Placer:
 
     def refuses(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
         """The target's answer for a scheme and shape."""
-        key = (spec, shape, ".experts." in name, self.biased(name))
-        if key not in self._answers:
-            self._answers[key] = self.target.refuses(name, spec, shape, self.biased(name))
-        return self._answers[key]
+        kind = self._kind(name, spec, shape)
+        if kind not in self._answers:
+            self._answers[kind] = self.target.refuses(name, spec, shape, self.biased(name))
+        return self._answers[kind]
 
     def reason(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> str:
         """Why no form of a scheme is taken: the engine's reason where the format would hold one."""
-        forms = list(self._forms(spec))
-        held = [form for form in forms if self.target.format.cannot_hold(form, shape) is None]
-        return self.refuses(name, held[0] if held else forms[0], shape) or ""
+        kind = self._kind(name, spec, shape)
+        if kind not in self._reasons:
+            forms = list(self._forms(spec))
+            held = [form for form in forms if self.target.format.cannot_hold(form, shape) is None]
+            self._reasons[kind] = self.refuses(name, held[0] if held else forms[0], shape) or ""
+        return self._reasons[kind]
+
+    def _kind(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> _Kind:
+        """What decides about a module; there are few kinds, and thousands of experts of each."""
+        return spec, shape, ".experts." in name, self.biased(name)
 
     def biased(self, name: str) -> bool:
         """True when a module has a bias."""

@@ -13,7 +13,7 @@ from transload.checkpoint import Checkpoint
 from transload.engines import ENGINES
 from transload.errors import CannotHold
 from transload.formats import FORMATS
-from transload.formats.base import Format
+from transload.formats.base import Entry, Format
 from transload.formats.neutral import Neutral
 from transload.formats.plain import Plain
 from transload.porting.placing import Placer
@@ -48,16 +48,16 @@ def _schemes_that_work(source: Checkpoint, plan: PortPlan, asked: Schemes | str 
     """Options of the same port with which it runs, as a user would type them."""
     for word, act in (("int8", ActSpec()), ("16bit", None)):
         options = replace(plan.options, requantize=None, act=(act,))
-        if plan.options.act is None and not plan.options.everything and not _refuses(source, plan.target, options):
+        if plan.options.act is None and not plan.options.everything and _fits(source, plan.target, options):
             yield f"--activations {word}, which changes no weight"
     auto = auto_schemes(source, plan.target, plan.options) if asked is None else None
-    if auto is not None and not _refuses(source, plan.target, replace(plan.options, requantize=auto)):
+    if auto is not None and _fits(source, plan.target, replace(plan.options, requantize=auto)):
         alone = len(auto.choices) == 1
         short = "; ".join(_short(choice).removeprefix("the rest " if alone else "") for choice in auto.choices)
         yield f"--requantize auto ({short}), which changes these modules and reports the error"
     for text in _SCHEMES:
         options = replace(plan.options, requantize=Schemes((Choice("", parse_spec(text)),)))
-        if not _refuses(source, plan.target, options):
+        if _fits(source, plan.target, options):
             yield f"--requantize {text}, which changes these modules and reports the error"
             return
 
@@ -91,24 +91,27 @@ def _targets_that_fit(source: Checkpoint, plan: PortPlan) -> Iterator[str]:
 
 
 def _fits(source: Checkpoint, target: Target, options: Options) -> bool:
-    """True when a plan has no refusals; one module of each kind is asked first, because plans of experts are long."""
+    """True when a plan has no refusals. One module of each kind is asked first: plans of many experts are long."""
     placer = Placer(source, target, options)
+    for entry in _one_of_each_kind(source):
+        spec = entry.spec if options.act is None or entry.spec is None else replace(entry.spec, act=options.act[0])
+        name, shape, expert = next(pieces_of(entry, source))
+        if spec is not None:
+            placer.quantized(name, spec, shape, expert)
+        if placer.refusals:
+            return False
+    once = type(target.format).once_per_file is not Format.once_per_file
+    return not (target.fuses or once) or not plan_port(source, target, options).refusals
+
+
+def _one_of_each_kind(source: Checkpoint) -> Iterator[Entry]:
+    """Quantized entries that differ in scheme, shape, last name or in being an expert."""
     seen = set()
     for entry in source.entries.values():
         kind = (entry.spec, entry.shape, entry.name.rpartition(".")[2], ".experts." in entry.name)
-        if entry.spec is None or kind in seen:
-            continue
-        seen.add(kind)
-        for name, shape, expert in pieces_of(entry, source):
-            placer.quantized(name, entry.spec, shape, expert)
-            if placer.refusals:
-                return False
-            break
-    return not _refuses(source, target, options)
-
-
-def _refuses(source: Checkpoint, target: Target, options: Options) -> bool:
-    return bool(plan_port(source, target, options).refusals)
+        if entry.spec is not None and kind not in seen:
+            seen.add(kind)
+            yield entry
 
 
 def _is_written(format: Format) -> bool:
