@@ -20,12 +20,13 @@ ACTIVATIONS = "TRANSLOAD_VLLM_W4A8"
 def register() -> None:
     """Adds the kernel on CPUs where the native library works; says why not in the log, and never raises."""
     try:
-        from vllm.model_executor.kernels.linear import register_linear_kernel
         from vllm.platforms import PlatformEnum, current_platform
+
+        if not current_platform.is_cpu():
+            return
+        from vllm.model_executor.kernels.linear import register_linear_kernel
     except ImportError as error:
         log.warning("transload: this vLLM has no register_linear_kernel (%s); its own kernels run alone", error)
-        return
-    if not current_platform.is_cpu():
         return
     from transload_cpu.vllm_kernel import TransloadLinearKernel, chosen
 
