@@ -36,6 +36,9 @@ def model(folder: Path) -> int:
     shapes |= {"mlp.gate_proj": (WIDE, HIDDEN), "mlp.up_proj": (WIDE, HIDDEN), "mlp.down_proj": (HIDDEN, WIDE)}
     where: dict[str, str] = {}
 
+    if (folder / "model.safetensors.index.json").exists():
+        return 2 * sum(n * k for n, k in shapes.values())
+
     def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
         if not (folder / file).exists():
             save_file(tensors, folder / file)

@@ -161,6 +161,15 @@ def test_a_quantized_source_is_read_through_its_format(sources: dict[str, Path],
     assert found.spec.bits == 4
 
 
+def test_a_quantized_head_is_rotated_with_the_rest(sources: dict[str, Path], tmp_path: Path) -> None:
+    config = transload.TransloadConfig(bits=8, group_size=32, quantize_head=True)
+    transload.load(sources["llama"], "cpu", quantize=config).save_pretrained(tmp_path / "wide")
+    assert isinstance(transload.open(tmp_path / "wide")["lm_head"], QTensor)
+    run(tmp_path / "wide", tmp_path / "out", recipe("int8-g32", "rtn", rotate=True), floats="fp32")
+    assert isinstance(transload.open(tmp_path / "out")["lm_head"], torch.Tensor)
+    assert tiny_models.distance(logits_of(tmp_path / "out"), logits_of(sources["llama"])) < 0.05
+
+
 def test_first_and_last_layers_may_be_wider(sources: dict[str, Path], tmp_path: Path) -> None:
     rules = [
         {"modules": ["v_proj"], "scheme": "float"},

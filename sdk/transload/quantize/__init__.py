@@ -8,17 +8,18 @@ The package itself can be called, so that `transload.quantize(...)` works whethe
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from transload.package import make_callable
 
 if TYPE_CHECKING:
-    from transload.quantize.imported import import_recipe
-    from transload.quantize.recipe import Recipe, read_recipe, shipped
-    from transload.quantize.report import QuantizeReport
-    from transload.quantize.run import Progress, quantize
+    from transload.quantize.imported import import_recipe as import_recipe
+    from transload.quantize.recipe import Recipe as Recipe
+    from transload.quantize.recipe import read_recipe as read_recipe
+    from transload.quantize.recipe import shipped as shipped
+    from transload.quantize.report import QuantizeReport as QuantizeReport
+    from transload.quantize.run import quantize as quantize
 
 _HOMES = {
     "QuantizeReport": "transload.quantize.report",
@@ -29,7 +30,7 @@ _HOMES = {
     "shipped": "transload.quantize.recipe",
 }
 
-__all__ = ["QuantizeReport", "Recipe", "import_recipe", "quantize", "read_recipe", "shipped"]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:
@@ -38,38 +39,4 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(_HOMES[name]), name)
 
 
-class _Quantizer(ModuleType):
-    """This package as a function."""
-
-    def __call__(
-        self,
-        model: str | Path,
-        out: str | Path,
-        recipe: str | Path | Recipe = "int4-g128",
-        *,
-        to: str = "compressed-tensors",
-        calibration: str | Path | None = None,
-        floats: str = "bf16",
-        tokenizer: Any = None,
-        overwrite: bool = False,
-        resume: bool = False,
-        progress: Progress | None = None,
-    ) -> QuantizeReport:
-        """`transload.quantize.run.quantize`."""
-        from transload.quantize.run import quantize
-
-        return quantize(
-            model,
-            out,
-            recipe,
-            to=to,
-            calibration=calibration,
-            floats=floats,
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-        )
-
-
-sys.modules[__name__].__class__ = _Quantizer
+make_callable(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ from transload.reference import quantize_rtn
 
 _GRAM_BYTES = 6 << 30  # Hessians in memory at a time; a layer whose experts need more is run over the text again
 _TOKENS_AT_ONCE = 1024
+_SLAB = 1 << 22  # values compared at a time
 SAME = 0.05  # what a layer may differ by after a fold: rounded gains and routers, far less than a wrong one
 Forward = Callable[[Tensor], Tensor]
 
@@ -181,7 +182,7 @@ class LayerJob:
                 made[name], extra = self._codes(weight, assigned.spec, method, statistics)
                 note = "; ".join(n for n in (assigned.note, note, extra) if n)
                 tokens = 0 if statistics is None else statistics.tokens
-                quality = sqnr(weight, made[name].dequantize())
+                quality = sqnr(weight, made[name])
                 rows = None if statistics is None else statistics.rows
                 output = None if rows is None or not len(rows) else output_sqnr(weight, made[name], rows)
                 label = "rtn" if note and method == "mse" and assigned.method != "mse" else method
@@ -242,14 +243,26 @@ def _by_stage(held: Sequence[tuple[str, Held]], wanted: set[Held]) -> list[list[
     return [stage for stage in stages if stage]
 
 
-def sqnr(want: Tensor, got: Tensor) -> float:
-    """10 log10 of signal power over error power; infinite when equal."""
-    error = float((got - want).square().sum(dtype=torch.float64))
-    signal = float(want.square().sum(dtype=torch.float64))
-    return math.inf if error == 0 else 10 * math.log10(max(signal, 1e-300) / error)
+def sqnr(want: Tensor, got: QTensor) -> float:
+    """10 log10 of signal power over error power of a weight [N, K]; infinite when equal. In slabs of rows."""
+    return _decibels((rows, got.rows(at.start, at.stop).dequantize()) for rows, at in _slabs(want))
 
 
-def output_sqnr(weight: Tensor, w: QTensor, rows: Tensor) -> float:
+def output_sqnr(weight: Tensor, w: QTensor, inputs: Tensor) -> float:
     """The same of the outputs for inputs [S, K]."""
-    want = rows @ weight.T
-    return sqnr(want, rows @ w.dequantize().T)
+    return _decibels((inputs @ r.T, inputs @ w.rows(at.start, at.stop).dequantize().T) for r, at in _slabs(weight))
+
+
+def _slabs(weight: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    step = max(1, _SLAB // weight.shape[1])
+    for start in range(0, len(weight), step):
+        at = slice(start, min(start + step, len(weight)))
+        yield weight[at], at
+
+
+def _decibels(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    error = signal = 0.0
+    for want, got in pairs:
+        error += float((got - want).square().sum(dtype=torch.float64))
+        signal += float(want.square().sum(dtype=torch.float64))
+    return math.inf if error == 0 else 10 * math.log10(max(signal, 1e-300) / error)

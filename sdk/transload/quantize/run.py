@@ -135,10 +135,15 @@ class _Run:
                 self._save(_part(layer), names, self._rounded(names))
         if not self.stage.has("outside"):
             self._save("outside", [], self._rounded(self._outside))
-        left = [name for name in self._outside if not self._taken(name)]
+        replaced = {name.removesuffix(".weight") for name in changed}  # heads and embeddings that are quantized too
+        left = [name for name in self._outside if not self._taken(name) and name not in replaced]
         self.stage.save_rest(self.source, [*left, *(n for n in changed if n not in self.source.entries)], changed)
         specs = {n: a.spec for n, a in self.assignment.modules.items()}
-        kept = {n: e.spec for n, e in self.source.entries.items() if e.spec is not None and not self._taken(n)}
+        kept = {
+            n: e.spec
+            for n, e in self.source.entries.items()
+            if e.spec is not None and not self._taken(n) and n not in replaced
+        }
         self.stage.finish(self.source, kept | specs, self._config)
 
     def _through_the_model(self) -> dict[str, Tensor]:
@@ -258,7 +263,7 @@ class _Run:
         if assigned.method not in ("rtn", "mse"):
             note = "; ".join(n for n in (note, "not in a decoder layer: rounded to nearest") if n)
         label = assigned.method if assigned.method in ("rtn", "mse") else "rtn"
-        quality = sqnr(weight, made.dequantize())
+        quality = sqnr(weight, made)
         result.modules[module] = made
         result.made.append(Made(module, str(assigned.spec), label, 0, quality, None, note))
 
