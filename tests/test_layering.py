@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "models": {"errors", "headers"},
     "formats": {"errors", "quant", "bits", "headers", "models"},
     "layouts": {"errors", "quant", "headers", "models", "formats"},
-    "plan": {"errors", "headers", "models"},
-    "serve": {"errors", "headers", "plan", "launch", "engines", "inspection", "checkpoint", "porting"},
+    "package": set(),
+    "plan": {"errors", "headers", "models", "package"},
+    "serve": {"errors", "package", "headers", "plan", "launch", "engines", "inspection", "checkpoint", "porting"},
     "launch": {"errors", "plan", "__version__"},
 }
 TORCH_FREE = ("errors", "headers", "plan", "launch", "models")

@@ -10,19 +10,25 @@ here imports torch.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
+from transload.package import make_callable
+
 if TYPE_CHECKING:
-    from transload.plan.catalogue import Constant
-    from transload.plan.cluster import Cluster
-    from transload.plan.result import Plan
-    from transload.plan.sources import ModelSource
-    from transload.plan.workload import Workload
+    from transload.plan.cluster import Cluster as Cluster
+    from transload.plan.cluster import load_cluster as load_cluster
+    from transload.plan.explain import explain as explain
+    from transload.plan.picture import plan_html as plan_html
+    from transload.plan.picture import plan_svg as plan_svg
+    from transload.plan.planner import Question as Question
+    from transload.plan.planner import answer as answer
+    from transload.plan.planner import plan as plan
+    from transload.plan.result import Plan as Plan
+    from transload.plan.sources import load_model as load_model
+    from transload.plan.table import plan_table as plan_table
+    from transload.plan.whatif import what_if as what_if
+    from transload.plan.workload import Workload as Workload
 
 _HOMES = {
     "Cluster": "transload.plan.cluster",
@@ -49,42 +55,4 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(_HOMES[name]), name)
 
 
-class _Planner(ModuleType):
-    """This package, callable."""
-
-    def __call__(
-        self,
-        model: ModelSource,
-        cluster: Cluster | Mapping[str, object] | str | Path,
-        workload: Workload | Mapping[str, object] | str | Path | None = None,
-        *,
-        recipe: str | None = None,
-        tp: int | None = None,
-        pp: int | None = None,
-        dp: int | None = None,
-        ep: bool | None = None,
-        dcp: int | None = None,
-        engine: str | None = None,
-        gpu_memory_utilization: float | None = None,
-        constants: Mapping[str, Mapping[str, Constant]] | None = None,
-    ) -> Plan:
-        """`transload.plan.planner.plan`."""
-        from transload.plan.planner import plan
-
-        return plan(
-            model,
-            cluster,
-            workload,
-            recipe=recipe,
-            tp=tp,
-            pp=pp,
-            dp=dp,
-            ep=ep,
-            dcp=dcp,
-            engine=engine,
-            gpu_memory_utilization=gpu_memory_utilization,
-            constants=constants,
-        )
-
-
-sys.modules[__name__].__class__ = _Planner
+make_callable(__name__)

@@ -9,11 +9,10 @@ The package itself can be called, so that `transload.serve(...)` works whether o
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
+
+from transload.package import make_callable
 
 if TYPE_CHECKING:
     from transload.serve.events import Event as Event
@@ -35,15 +34,4 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(_HOMES[name]), name)
 
 
-class _Serving(ModuleType):
-    """This package, callable."""
-
-    @property
-    def __call__(self) -> Callable[..., Service]:
-        """`transload.serve.service.serve`."""
-        from transload.serve.service import serve
-
-        return serve
-
-
-sys.modules[__name__].__class__ = _Serving
+make_callable(__name__)
