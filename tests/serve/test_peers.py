@@ -42,12 +42,12 @@ def pair() -> Iterator[Pair]:
     """A head that knows worker "b", a way to make that worker, and the port."""
     with ExitStack() as stack:
         port, notes = free_port(), Notes()
-        head = stack.enter_context(closing(Peers("a", frozenset({"b"}), 0, notes, silence=1.0)))
+        head = stack.enter_context(closing(Peers("a", frozenset({"b"}), 0, notes)))
         head.listen("127.0.0.1", port)
 
         def worker() -> tuple[Peers, Notes]:
             own = Notes()
-            made = stack.enter_context(closing(Peers("b", frozenset({"a"}), 0, own, silence=3.0)))
+            made = stack.enter_context(closing(Peers("b", frozenset({"a"}), 0, own)))
             made.connect("127.0.0.1", port)
             return made, own
 
@@ -99,10 +99,12 @@ def _line(**said: object) -> bytes:
     return json.dumps({"node": "b", "instance": 0, "state": "ready", "text": "", **said}).encode() + b"\n"
 
 
-def test_a_node_that_falls_silent_is_gone(pair: Pair) -> None:
-    _, notes, _, port = pair
-    with _speak(port, _line()):
-        assert "silent for 1 seconds" in notes.wait("b", "gone")
+def test_a_node_that_falls_silent_is_gone() -> None:
+    port, notes = free_port(), Notes()
+    with closing(Peers("a", frozenset({"b"}), 0, notes, silence=0.5)) as head:
+        head.listen("127.0.0.1", port)
+        with _speak(port, _line()):
+            assert "silent for 0.5 seconds" in notes.wait("b", "gone")
 
 
 @pytest.mark.parametrize(
