@@ -14,7 +14,7 @@ from test_port import LAYER, MemorySource, model, spec
 import transload
 from transload.errors import CannotHold, ConfigError
 from transload.porting.schemes import Requantize, parse_schemes
-from transload.quant import ActSpec, QTensor, QuantSpec, Zero
+from transload.quant import ActSpec, Grid, QTensor, QuantSpec, Zero
 
 DYNAMIC = ActSpec()
 GPTQ = spec(4, 32)
@@ -182,6 +182,7 @@ def test_float_linears_are_rounded_only_when_everything_is_asked_for(tmp_path: P
 
 FULL = [
     ("msmodelslim", spec(4, 32)),  # its scales are float32
+    ("bitsandbytes", QuantSpec(4, 64, Grid.NF4, Zero.NONE, torch.float16)),  # its absmax is float32
     ("msmodelslim", QuantSpec(8, -1, scale_dtype=torch.bfloat16, act=DYNAMIC)),
     ("compressed-tensors", spec(4, 32, Zero.CODES, torch.float32)),
 ]
