@@ -181,6 +181,20 @@ def test_services_side_by_side_from_several_threads(checkpoint: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("engine")
+def test_a_listener_that_fails_stops_nothing(
+    checkpoint: Path, tmp_path: Path, behave: Behave, caplog: pytest.LogCaptureFixture
+) -> None:
+    behave(log="Starting to load model")
+
+    def listener(event: Event) -> None:
+        raise ValueError(event.kind)
+
+    with transload.serve(checkpoint, context=1024, logs=tmp_path / "logs", on_event=listener) as service:  # type: ignore[operator]
+        assert ask(service) == "echo: hi"
+    assert "on_event failed for 'stage'" in caplog.text
+
+
+@pytest.mark.usefixtures("engine")
 def test_a_service_is_started_once(checkpoint: Path, tmp_path: Path, behave: Behave) -> None:
     behave()
     with make(checkpoint, tmp_path) as service, pytest.raises(ConfigError, match="started before"):

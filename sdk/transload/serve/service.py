@@ -113,8 +113,12 @@ class Service:
 
     def _heard(self, event: Event) -> None:
         log.log(_LEVELS.get(event.kind, logging.INFO), "%s: %s", event.engine, event.text)
-        if self._listener is not None:
+        if self._listener is None:
+            return
+        try:
             self._listener(event)
+        except Exception:  # the thread that reads the engine's output calls this: it must go on
+            log.exception("%s: on_event failed for '%s'", event.engine, event.kind)
 
     @staticmethod
     def _why(runner: Runner) -> str:
