@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
+import xxhash
 from torch import Tensor
 
 from transload.errors import FormatError
@@ -14,15 +13,15 @@ _CHUNK = 8 << 20
 
 
 def fingerprint(tensor: Tensor) -> bytes:
-    """SHA-256 over a tensor's bytes: processors have instructions for it, so it is faster than reading a disk."""
+    """128 bits of XXH3 over a tensor's bytes. It guards against accidents, not against forgers, at memory's speed."""
     if not tensor.numel():
-        return hashlib.sha256().digest()
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
+        return xxhash.xxh3_128().digest()
+    return xxhash.xxh3_128(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
 
 
 def stored_fingerprint(info: TensorInfo) -> bytes:
     """The same over a tensor as it lies in its file, read piece by piece. Raises FormatError when it cannot be read."""
-    digest, left = hashlib.sha256(), info.nbytes
+    digest, left = xxhash.xxh3_128(), info.nbytes
     buffer = bytearray(min(_CHUNK, left))
     try:
         with info.file.open("rb", buffering=0) as f:
