@@ -7,6 +7,7 @@ group clipped for its part of the output.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,29 +23,37 @@ from transload.quantize.statistics import Watch
 if TYPE_CHECKING:
     from transload.quantize.layerwise import Assigned
 
-_GRID = 16  # exponents tried, from 0 to 1
+_GRID = 12  # exponents tried, from 0 to 1
 _ROWS = 256  # inputs that the error is measured on
 _EXPERTS = 8  # experts that the error of a mixture is measured on, those that saw most tokens
 
 
-def awq_scale(absmean: Tensor, exponent: float) -> Tensor:
-    """absmean ** exponent [K], scaled so that the smallest and the largest are each other's inverse."""
+def awq_scale(absmean: Tensor, exponent: float, weights: Tensor | None = None) -> Tensor:
+    """absmean ** exponent [K], scaled so that the smallest and the largest are each other's inverse.
+
+    weights: mean magnitudes of the weights [K]; the scale is then divided by weights ** (1 - exponent), as in AutoAWQ's
+    "duo scaling", which also evens out the weights.
+    """
     raw = absmean.clamp(min=1e-4) ** exponent
+    if weights is not None:
+        raw = raw / weights.clamp(min=1e-4) ** (1 - exponent)
     return raw / (raw.max() * raw.min()).sqrt()
 
 
 def search_scale(
     absmean: Tensor, weights: Sequence[tuple[Tensor, Tensor, QuantSpec]], pair: Pair | None = None
 ) -> tuple[Tensor, float]:
-    """The scale with the smallest output error, and its exponent.
+    """The scale with the smallest output error, and its exponent, with and without the weights in it.
 
     absmean: mean magnitude of the producer's rows. weights: of every consumer its weight [N, K], sample inputs [S, K]
-    and scheme. Exponent 0 is no scaling, so the result is never worse than plain rounding on the sample.
+    and scheme. Exponent 0 without them is no scaling, so the result is never worse than plain rounding on the sample.
     """
     best, best_scale, best_exponent = float("inf"), torch.ones_like(absmean), 0.0
-    for step in range(_GRID):
-        exponent = step / _GRID
-        scale = awq_scale(absmean, exponent)
+    sizes = torch.stack([weight.abs().mean(0) for weight, _, _ in weights]).mean(0)
+    if pair is not None:
+        sizes = pair.narrowed(sizes)
+    for exponent, duo in product([step / _GRID for step in range(_GRID)], (None, sizes)):
+        scale = awq_scale(absmean, exponent, duo)
         wide = scale if pair is None else pair.widened(scale)
         error = sum(_error(weight, rows, wide, spec) for weight, rows, spec in weights)
         if error < best:
@@ -80,7 +89,7 @@ def fold_awq(
             if n in assigned
         ]
         scale, exponent = search_scale(pair.narrowed(absmean), sample, pair)
-        if exponent > 0:
+        if not bool((scale == 1).all()):
             folds.append(Fold(pair, scale, f"AWQ exponent {exponent:g}"))
     return folds
 

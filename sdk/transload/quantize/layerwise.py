@@ -72,6 +72,7 @@ class LayerJob:
         self._held = held_of(filled.layer)
         self._wanted = [h for _, h in self._held if any(n in assigned for n in h.names)]
         self._factors: dict[tuple[int, int], Factor] = {}
+        self._last_use = False
         for _, held in self._held:
             held.precision = getattr(torch, recipe.calibration.precision)
 
@@ -104,7 +105,10 @@ class LayerJob:
             if folds and len(rounds) == 1:
                 self._fold(forward, hidden, watch)
             for held in round:
-                self._quantize(held, watch.of.pop(held, None))  # a Hessian goes with its last linear
+                statistics = watch.of.pop(held, None)
+                sizes = {self.assigned[n].spec.group_size for n in held.names if n in self.assigned}
+                self._last_use = len(sizes) == 1 and all(s is not statistics for s in watch.of.values())
+                self._quantize(held, statistics)
             self._factors.clear()
 
     def advance(self, forward: Forward, hidden: Hidden, out: Hidden) -> None:
@@ -224,6 +228,8 @@ class LayerJob:
             assert statistics.gram is not None
             self._factors.clear()
             made = factor(statistics.gram, spec.group_size, self.recipe.damping, self.recipe.act_order)
+            if self._last_use:  # a Hessian goes as soon as its last linear has its factor
+                statistics.gram = None
             self._factors[key] = made
         return self._factors[key]
 
