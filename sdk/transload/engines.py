@@ -160,7 +160,7 @@ ONNXRUNTIME = Engine(
     "1.31",
     "CPU",
     (
-        Rule("onnx", _W48, _BLOCKS, _ZEROS, "W{bits}A16", "MatMulNBits", note="activations are float32"),
+        Rule("onnx", _W48, _BLOCKS, _ZEROS, "W{bits}A16", "MatMulNBits"),
         Rule("onnx", _W48, _BLOCKS, _ZEROS, "W{bits}A8", "MatMulNBits", act="token", note=_PER_BLOCK),
         Rule("onnx", _W48, _BLOCKS, _ZEROS, "W{bits}A8", "MatMulNBits", act="block", note=_PER_BLOCK),
     ),
