@@ -5,46 +5,20 @@
 
 The text is what every Python installation has: the docstrings of its standard library, in a fixed order. It is cut into
 windows that do not overlap, so every window starts without context; compare schemes with each other, not with published
-numbers.
+numbers. `transload eval` measures more, with windows that overlap.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import math
 import time
-from collections.abc import Iterator
 
 import torch
 
 import transload
+from transload.evaluation.text import docstrings
 from transload.runtime import report, tokenizer
-
-MODULES = (
-    "argparse", "ast", "asyncio", "base64", "bisect", "calendar", "cmath", "codecs", "collections", "configparser",
-    "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "doctest", "email", "enum",
-    "fractions", "functools", "gettext", "glob", "gzip", "hashlib", "heapq", "html", "http", "inspect", "io",
-    "ipaddress", "itertools", "json", "locale", "logging", "math", "mimetypes", "operator", "os", "pathlib", "pickle",
-    "pprint", "queue", "random", "re", "sched", "secrets", "shelve", "shutil", "socket", "sqlite3", "statistics",
-    "string", "struct", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace",
-    "types", "typing", "unicodedata", "unittest", "urllib", "uuid", "weakref", "xml", "zipfile",
-)  # fmt: skip
-
-
-def docstrings() -> Iterator[str]:
-    """Every docstring of MODULES: modules, classes, functions and methods, each once."""
-    seen: set[str] = set()
-    for name in MODULES:
-        module = importlib.import_module(name)
-        for owner in (module, *(value for _, value in sorted(vars(module).items()))):
-            members = [owner, *(vars(owner).values() if inspect.isclass(owner) else ())]
-            for member in members if owner is module or getattr(owner, "__module__", None) == name else ():
-                text = inspect.getdoc(member) if callable(member) or member is module else None
-                if text and text not in seen:
-                    seen.add(text)
-                    yield text
 
 
 def perplexity(model: torch.nn.Module, ids: torch.Tensor, window: int) -> float:
