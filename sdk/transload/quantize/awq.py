@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _GRID = 12  # exponents tried, from 0 to 1
 _ROWS = 256  # inputs that the error is measured on
+# Queries and keys are not clipped: attention multiplies them with each other, and a clipped outlier counts twice.
+_UNCLIPPED = ("q_proj", "k_proj", "qkv_proj", "query_key_value")
 _EXPERTS = 8  # experts that the error of a mixture is measured on, those that saw most tokens
 
 
@@ -45,6 +47,9 @@ def search_scale(
 ) -> tuple[Tensor, float]:
     """The scale with the smallest output error, and its exponent, with and without the weights in it.
 
+    The errors of several consumers count relative to what each of them puts out: attention's keys are so much larger
+    than its values, in Qwen2 for one, that they alone would decide.
+
     absmean: mean magnitude of the producer's rows. weights: of every consumer its weight [N, K], sample inputs [S, K]
     and scheme. Exponent 0 without them is no scaling, so the result is never worse than plain rounding on the sample.
     """
@@ -52,10 +57,11 @@ def search_scale(
     sizes = torch.stack([weight.abs().mean(0) for weight, _, _ in weights]).mean(0)
     if pair is not None:
         sizes = pair.narrowed(sizes)
+    outputs = [float((rows @ weight.T).square().sum()) or 1.0 for weight, rows, _ in weights]
     for exponent, duo in product([step / _GRID for step in range(_GRID)], (None, sizes)):
         scale = awq_scale(absmean, exponent, duo)
         wide = scale if pair is None else pair.widened(scale)
-        error = sum(_error(weight, rows, wide, spec) for weight, rows, spec in weights)
+        error = sum(_error(w, x, wide, spec) / output for (w, x, spec), output in zip(weights, outputs, strict=True))
         if error < best:
             best, best_scale, best_exponent = error, scale, exponent
     return best_scale, best_exponent
@@ -92,6 +98,11 @@ def fold_awq(
         if not bool((scale == 1).all()):
             folds.append(Fold(pair, scale, f"AWQ exponent {exponent:g}"))
     return folds
+
+
+def clips(module: str) -> bool:
+    """Whether AWQ clips the groups of a module, by its name."""
+    return module.rpartition(".")[2] not in _UNCLIPPED
 
 
 def groups_gram(rows: Tensor, spec: QuantSpec) -> Tensor:
