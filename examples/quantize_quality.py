@@ -60,12 +60,14 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=["int4-g128"])
     parser.add_argument("--to", default="transload")
     parser.add_argument("--also", nargs="*", default=[], type=Path, help="folders to evaluate, made by other tools")
+    parser.add_argument("--calibration", type=Path, help="a text file; the library's source code if left out")
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--window", type=int, default=512)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    text = options.work / "calibration.txt"
-    text.write_text(calibration_text(), encoding="utf-8")
+    text = options.calibration or options.work / "calibration.txt"
+    if options.calibration is None:
+        text.write_text(calibration_text(), encoding="utf-8")
     known = options.work / "results.json"
     results = json.loads(known.read_text()) if known.is_file() else {}
     key = f"source {options.tokens}"

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _GRID = 12  # exponents tried, from 0 to 1
 _ROWS = 256  # inputs that the error is measured on
-# Queries and keys are not clipped: attention multiplies them with each other, and a clipped outlier counts twice.
-_UNCLIPPED = ("q_proj", "k_proj", "qkv_proj", "query_key_value")
 _EXPERTS = 8  # experts that the error of a mixture is measured on, those that saw most tokens
 
 
@@ -98,11 +96,6 @@ def fold_awq(
         if not bool((scale == 1).all()):
             folds.append(Fold(pair, scale, f"AWQ exponent {exponent:g}"))
     return folds
-
-
-def clips(module: str) -> bool:
-    """Whether AWQ clips the groups of a module, by its name."""
-    return module.rpartition(".")[2] not in _UNCLIPPED
 
 
 def groups_gram(rows: Tensor, spec: QuantSpec) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transload.errors import ConfigError, FormatError
 from transload.quant import QTensor, QuantSpec
-from transload.quantize.awq import clips, fold_awq, groups_gram
+from transload.quantize.awq import fold_awq, groups_gram
 from transload.quantize.fold import Fold
 from transload.quantize.gptq import Factor, factor, gptq
 from transload.quantize.held import Filled, Held, held_of
@@ -183,7 +183,7 @@ class LayerJob:
                 assigned = self.assigned[name]
                 method, note = self._method(held, assigned, statistics)
                 weight = held.rows(at)
-                made[name], extra = self._codes(name, weight, assigned.spec, method, statistics)
+                made[name], extra = self._codes(weight, assigned.spec, method, statistics)
                 note = "; ".join(n for n in (assigned.note, note, extra) if n)
                 tokens = 0 if statistics is None else statistics.tokens
                 quality = sqnr(weight, made[name])
@@ -208,9 +208,9 @@ class LayerJob:
         return assigned.method, ""
 
     def _codes(
-        self, name: str, weight: Tensor, spec: QuantSpec, method: Method, statistics: Statistics | None
+        self, weight: Tensor, spec: QuantSpec, method: Method, statistics: Statistics | None
     ) -> tuple[QTensor, str]:
-        if method == "rtn" or (method == "awq" and not clips(name)):
+        if method == "rtn":
             return quantize_rtn(weight, spec), ""
         if method == "mse" or statistics is None:
             return quantize_mse(weight, spec), ""
