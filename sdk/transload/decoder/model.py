@@ -7,17 +7,20 @@ multiply with int8 activations per block.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from transload.decoder.graph import CONTRIB, GraphBuilder, Values
 from transload.decoder.shape import DecoderShape
 from transload.decoder.weights import Weights
 from transload.errors import Unsupported
-from transload.quant import Zero
+from transload.quant import PER_CHANNEL, Zero
 
 FLOAT, INT32, INT64 = 1, 6, 7  # TensorProto.DataType
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level
+QDQ_TYPES = {(4, True): 22, (4, False): 21, (8, True): 3, (8, False): 2}  # by bits and sign: INT4, UINT4, INT8, UINT8
 
 
 def decoder_graph(shape: DecoderShape, weights: Weights, data_file: str) -> bytes:
@@ -157,7 +160,7 @@ class _Decoder:
     def _linear(self, module: str, x: str, output: str = "") -> str:
         output = output or f"{module}/out"
         if module in self.weights.specs:
-            return self._nbits(module, module, x, output)
+            return (self._qdq if self.weights.qdq else self._nbits)(module, module, x, output)
         weight = self._weight(f"{module}.weight")
         bias = f"{module}.bias"
         product = f"{module}/product" if bias in self.weights.tensors else output
@@ -188,6 +191,24 @@ class _Decoder:
             accuracy_level=0 if spec.act is None else INT8_ACTIVATIONS,
         )
 
+    def _qdq(self, module: str, weight: str, x: str, output: str) -> str:
+        """DequantizeLinear over [K, N], then a product called like the module."""
+        spec, (n, k), g = self.weights.specs[weight], self.weights.shapes[weight], self.graph
+        signed, per_channel = spec.zero is Zero.MIDPOINT, spec.group_size == PER_CHANNEL
+        kind = QDQ_TYPES[spec.bits, signed]
+        side = (n,) if per_channel else (spec.groups(k), n)
+        codes = self._weight(f"{weight}.codes", (k, n), kind)
+        zeros = "" if signed else self._weight(f"{weight}.zeros", side, kind)
+        blocks = {"axis": 1} if per_channel else {"axis": 0, "block_size": spec.group_size}
+        inputs = [codes, self._weight(f"{weight}.scales"), zeros]
+        dequantized = g.node("DequantizeLinear", inputs, f"{module}/DequantizeLinear", (), "", **blocks)
+        bias = f"{module}.bias"
+        product = f"{module}/product" if bias in self.weights.tensors else output
+        g.node("MatMul", [x, dequantized], module, [product])
+        if product != output:
+            g.node("Add", [product, self._weight(bias)], f"{module}/bias", [output])
+        return output
+
     def _codes(self, module: str, weight: str) -> str:
         """The codes of a linear; of a head that shares the embedding's, the same bytes as [N, blocks, bytes]."""
         stored = self.weights.need(f"{weight}.B")
@@ -202,6 +223,7 @@ class _Decoder:
             "SimplifiedLayerNormalization", [x, weight], node, axis=-1, epsilon=self.shape.eps, stash_type=1
         )
 
-    def _weight(self, name: str, shape: tuple[int, ...] | None = None) -> str:
+    def _weight(self, name: str, shape: tuple[int, ...] | None = None, data_type: int | None = None) -> str:
         self.used.add(name)
-        return self.graph.weight(name, self.weights.need(name), shape)
+        at = self.weights.need(name)
+        return self.graph.weight(name, at if data_type is None else replace(at, data_type=data_type), shape)

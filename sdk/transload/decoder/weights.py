@@ -23,12 +23,14 @@ class Stored:
 class Weights:
     """specs: the quantized modules, [N, K] in `shapes`. tensors: every stored tensor by name.
 
-    A quantized module's tensors are called module.B, module.scales and so on, a float one's module.weight.
+    A quantized module's tensors are called module.B, module.scales and so on, a float one's module.weight. qdq: the
+    quantized modules are (u)int4 or (u)int8 under a DequantizeLinear, called module.codes.
     """
 
     specs: Mapping[str, QuantSpec]
     shapes: Mapping[str, tuple[int, ...]]
     tensors: Mapping[str, Stored]
+    qdq: bool = False
 
     def has(self, module: str) -> bool:
         """True when the module has a weight, quantized or float."""

@@ -18,6 +18,7 @@ from transload.formats.msmodelslim import MsModelSlim
 from transload.formats.mx import GptOss, ModelOpt
 from transload.formats.neutral import Neutral
 from transload.formats.onnx import Onnx
+from transload.formats.onnx_qdq import OnnxQdq
 from transload.formats.plain import Plain
 
 # The order of detection: formats that say their name first, plain last because it is what declares nothing.
@@ -44,17 +45,21 @@ FORMATS: tuple[Format, ...] = (
 _PLAIN_TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+# A second way to write what another format reads.
+_WRITERS: tuple[Format, ...] = (OnnxQdq(),)
+
+
 def find_format(name: str) -> Format:
-    """The format of a name, to write or to ask: one of FORMATS, or "bf16", "fp16", "fp32" for plain floats.
+    """The format of a name, to write or to ask: one of FORMATS, "onnx-qdq", or "bf16", "fp16", "fp32" for plain floats.
 
     Raises ConfigError listing the names.
     """
     if name in _PLAIN_TARGETS:
         return Plain(_PLAIN_TARGETS[name])
-    for known in FORMATS:
+    for known in (*FORMATS, *_WRITERS):
         if known.name == name:
             return known
-    names = ", ".join([f.name for f in FORMATS] + list(_PLAIN_TARGETS))
+    names = ", ".join([f.name for f in (*FORMATS, *_WRITERS)] + list(_PLAIN_TARGETS))
     raise ConfigError(f"no format '{name}'; there are {names}")
 
 

@@ -63,11 +63,14 @@ class OnnxFolder(Folder):
     def notes(self) -> Iterator[str]:
         """What the graph computes in."""
         yield from super().notes()
-        acts = {"int8 by token and block" if o.spec.act else "float32" for o in self.plan.outputs() if o.spec}
-        yield f"the graph multiplies with activations in {' and '.join(sorted(acts)) or 'float32'}"
         positions = self.source.config.get("max_position_embeddings")
         if isinstance(positions, int) and positions > self.shape.context:
             yield f"the graph's rotary tables end at {self.shape.context} of {positions} positions"
+        if self.plan.format.name == "onnx-qdq":
+            yield "onnxruntime multiplies with int8 activations unless session.qdq_matmulnbits_accuracy_level is 1"
+            return
+        acts = {"int8 by token and block" if o.spec.act else "float32" for o in self.plan.outputs() if o.spec}
+        yield f"the graph multiplies with activations in {' and '.join(sorted(acts)) or 'float32'}"
 
     @cached_property
     def _planned(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -87,4 +90,4 @@ class OnnxFolder(Folder):
         quantized = {o.name: o.spec for o in self.plan.outputs() if o.spec is not None}
         shapes = {e.name.removesuffix(".weight"): e.shape for e in self.source.entries.values()}
         tensors = {n: Stored(DATA_TYPES[s.dtype], s.shape, s.start, s.nbytes) for n, s in self._slots.items()}
-        return decoder_graph(self.shape, Weights(quantized, shapes, tensors), DATA)
+        return decoder_graph(self.shape, Weights(quantized, shapes, tensors, self.plan.format.name == "onnx-qdq"), DATA)
