@@ -43,8 +43,6 @@ FORMATS: tuple[Format, ...] = (
 )
 
 _PLAIN_TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
 # A second way to write what another format reads.
 _WRITERS: tuple[Format, ...] = (OnnxQdq(),)
 
@@ -56,10 +54,10 @@ def find_format(name: str) -> Format:
     """
     if name in _PLAIN_TARGETS:
         return Plain(_PLAIN_TARGETS[name])
-    for known in (*FORMATS, *_WRITERS):
+    for known in (*_WRITERS, *FORMATS):
         if known.name == name:
             return known
-    names = ", ".join([f.name for f in (*FORMATS, *_WRITERS)] + list(_PLAIN_TARGETS))
+    names = ", ".join([f.name for f in (*_WRITERS, *FORMATS)] + list(_PLAIN_TARGETS))
     raise ConfigError(f"no format '{name}'; there are {names}")
 
 
