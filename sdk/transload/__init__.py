@@ -6,8 +6,9 @@ when a job needs it.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from transload.package import lazy
 
 if TYPE_CHECKING:  # what type checkers see; at run time the table below
     from transload.checkpoint import Checkpoint as Checkpoint
@@ -52,12 +53,7 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'transload' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

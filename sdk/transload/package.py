@@ -1,15 +1,27 @@
-"""Packages that can be called like the function they are named after: transload.plan(...), transload.serve(...).
+"""Packages whose names load on first use, and that can be called like the function they are named after.
 
 Python puts a package under its name into the parent when any of its modules is first imported, over a function of the
-same name. So the package itself answers the call.
+same name. So the package itself answers the call: transload.plan(...), transload.serve(...).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from types import ModuleType
 from typing import Any
+
+
+def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+    """A package's `__getattr__` (PEP 562). homes: public name -> the module that has it."""
+
+    def load(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        return getattr(import_module(homes[name]), name)
+
+    return load
 
 
 class _CallablePackage(ModuleType):

@@ -10,10 +10,9 @@ here imports torch.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from transload.package import make_callable
+from transload.package import lazy, make_callable
 
 if TYPE_CHECKING:
     from transload.plan.cluster import Cluster as Cluster
@@ -47,12 +46,5 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'transload.plan' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
-
-
+__getattr__ = lazy(__name__, _HOMES)
 make_callable(__name__)

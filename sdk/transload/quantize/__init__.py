@@ -8,10 +8,9 @@ The package itself can be called, so that `transload.quantize(...)` works whethe
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from transload.package import make_callable
+from transload.package import lazy, make_callable
 
 if TYPE_CHECKING:
     from transload.quantize.imported import import_recipe as import_recipe
@@ -31,12 +30,5 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'transload.quantize' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
-
-
+__getattr__ = lazy(__name__, _HOMES)
 make_callable(__name__)
