@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from memory_source import decoded, random_weight, written
+from onnx_linears import save
 
 import transload
 from transload.formats import FORMATS
 from transload.formats.base import Format
-from transload.formats.onnx_writer import save
 from transload.quant import ActSpec, Grid, QTensor, QuantSpec, Zero
 from transload.rewrite import exact_forms, rewrite
 

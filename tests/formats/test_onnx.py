@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_source import GOLDEN, random_weight
 from onnx import TensorProto, helper, numpy_helper
+from onnx_linears import save
 from safetensors.torch import load_file
 
 import transload
 from transload.errors import CannotHold, FormatError, OutputExists, TransloadError
 from transload.formats.onnx import Onnx
 from transload.formats.onnx_source import OnnxSource
-from transload.formats.onnx_writer import save
 from transload.quant import ActSpec, QTensor, QuantSpec, Zero
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -35,7 +35,7 @@ BLOCKS = (16, 32, 64, 128, 256)  # what onnxruntime's CPU kernel takes
 
 
 class Onnx(Format):
-    """The quantized linears of an .onnx file; `onnx_writer.save` writes one."""
+    """The quantized linears of an .onnx file."""
 
     name: ClassVar[str] = "onnx"
     container: ClassVar[str] = "onnx"

@@ -2,8 +2,8 @@
 
     <module>.x float [M, K] -> MatMulNBits -> <module>.y float [M, N]
 
-The parts list of an exporter, and what onnxruntime can be checked with; it is no whole language model. Float tensors of
-the checkpoint travel along as initializers that no node uses.
+What tests read back and check onnxruntime with; it is no whole language model (decoders are written by
+transload.porting). Float tensors travel along as initializers that no node uses.
 """
 
 from __future__ import annotations
