@@ -89,6 +89,8 @@ class ActSpec:
             raise ConfigError(f"activation group_size {self.group_size}: give -1 (per token) or a positive size")
 
     def __str__(self) -> str:
+        if self.static and self.group_size < 0:
+            return f"int{self.bits} static per tensor"
         kind = "static" if self.static else "dynamic"
         return f"int{self.bits} {kind} per " + ("token" if self.group_size < 0 else f"token and {self.group_size}")
 

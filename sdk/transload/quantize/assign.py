@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transload.checkpoint import Checkpoint
 from transload.errors import ConfigError
 from transload.porting.plan import pieces_of
+from transload.quant import ActSpec
 from transload.quantize.layerwise import Assigned
 from transload.quantize.recipe import Recipe, Rule, fitted
 
@@ -52,6 +53,9 @@ def assign(recipe: Recipe, checkpoint: Checkpoint, layers: int) -> Assignment:
             out.notes.append(f"{name} stays in float: {k} inputs do not divide into groups")
             continue
         note = "" if spec == rule.spec else f"groups of {spec.group_size}: {rule.spec.group_size} do not divide {k}"
+        if layer is None and rule.activations == "static":
+            spec = replace(spec, act=ActSpec())
+            note = "; ".join(n for n in (note, "not in a decoder layer: its activations are dynamic") if n)
         out.modules[name] = Assigned(spec, rule.method, note)
         out.shapes[name] = n, k
     for rule in recipe.rules:

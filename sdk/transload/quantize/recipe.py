@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from transload.errors import ConfigError
 from transload.models.roles import kept_in_float, skipped
-from transload.quant import PER_CHANNEL, QuantSpec
+from transload.quant import PER_CHANNEL, ActSpec, QuantSpec
 from transload.requantize import parse_spec
 
 Method = Literal["rtn", "mse", "gptq", "awq"]
@@ -33,13 +33,15 @@ class Rule(_Strict):
     modules: runs of whole name components ("self_attn", "mlp.experts") or "re:..." for the whole name; "*" is every
     linear. layers: numbers of decoder layers, negative ones from the end; none means all. scheme: "float", or what
     `requantize.parse_spec` reads ("int4-g128", "int8-channel-a8"). method: how the codes are chosen, see
-    docs/quantize.md. optional: the rule may match nothing.
+    docs/quantize.md. activations: whether an int8 activation finds its scale anew for every token ("dynamic"), or one
+    for the whole tensor was found with the calibration text ("static"). optional: the rule may match nothing.
     """
 
     modules: tuple[str, ...] = Field(min_length=1)
     layers: tuple[int, ...] | None = None
     scheme: str
     method: Method = "gptq"
+    activations: Literal["dynamic", "static"] = "dynamic"
     optional: bool = False
 
     @field_validator("scheme")
@@ -49,10 +51,19 @@ class Rule(_Strict):
             parse_spec(text)
         return text
 
+    @model_validator(mode="after")
+    def _static_has_int8(self) -> Rule:
+        if self.activations == "static" and (self.scheme == "float" or parse_spec(self.scheme).act is None):
+            raise ValueError(f"static activations need a scheme with int8 ones, such as int8-channel-a8: {self.scheme}")
+        return self
+
     @property
     def spec(self) -> QuantSpec | None:
         """The scheme, None for float."""
-        return None if self.scheme == "float" else parse_spec(self.scheme)
+        if self.scheme == "float":
+            return None
+        spec = parse_spec(self.scheme)
+        return replace(spec, act=ActSpec(static=True)) if self.activations == "static" else spec
 
     def matches(self, module: str, layer: int | None, layers: int) -> bool:
         """Whether the rule speaks of a module of decoder layer `layer` (None: outside of them) of `layers`."""
@@ -101,7 +112,8 @@ class Recipe(_Strict):
     def calibrated(self) -> bool:
         """True when text has to be run through the model."""
         methods = {rule.method for rule in self.rules if rule.spec is not None}
-        return self.smooth is not None or not methods <= {"rtn", "mse"}
+        static = any(rule.activations == "static" for rule in self.rules)
+        return self.smooth is not None or static or not methods <= {"rtn", "mse"}
 
     def rule(self, module: str, layer: int | None, layers: int) -> Rule | None:
         """The rule that decides about a module; None when it stays in float."""
@@ -111,8 +123,11 @@ class Recipe(_Strict):
         return None if found is None or found.spec is None else found
 
     def schemes(self) -> str:
-        """The schemes in one short text: "int8-channel-a8, int4-channel-a8"."""
-        return ", ".join(dict.fromkeys(r.scheme for r in self.rules if r.spec is not None))
+        """The schemes in one short text: "int8-channel-a8 static, int4-channel-a8"."""
+        said = (
+            f"{r.scheme} static" if r.activations == "static" else r.scheme for r in self.rules if r.spec is not None
+        )
+        return ", ".join(dict.fromkeys(said))
 
 
 def shipped() -> dict[str, Recipe]:

@@ -29,6 +29,7 @@ from transload.quantize.rotate import Rotation
 from transload.quantize.rtn import quantize_mse
 from transload.quantize.skeleton import Skeleton, forward
 from transload.quantize.stage import Stage
+from transload.quantize.static import INPUT_SCALE, StaticInputs
 from transload.quantize.targets import check_target
 from transload.quantize.text import windows
 from transload.reference import quantize_rtn
@@ -187,13 +188,21 @@ class _Run:
         run = forward(filled.layer, arguments)
         changed = {} if turn is None else self._rotated(turn, filled, run, hidden, work.label)
         result = work.quantize(run, hidden)
-        out = None
-        if hidden is not None and index + 1 < skeleton.layers:
-            out = self.stage.hidden(index + 1, (hidden.count, hidden.tokens, hidden.width), create=True)
-            work.advance(run, hidden, out)
+        out: Hidden | None = None
+        scales: dict[str, Tensor] = {}
+        if hidden is not None:
+            inputs = StaticInputs(work.label, filled, self.assignment.modules, hidden.count * hidden.tokens)
+            last = index + 1 == skeleton.layers
+            if inputs or not last:
+                out = self.stage.hidden(index + 1, (hidden.count, hidden.tokens, hidden.width), create=True)
+                work.advance(run, hidden, out)
+            scales = inputs.scales()
+            if last and out is not None:
+                out.delete()
         stored = dict(skeleton.layer_parameters(index))
         floats = {stored[n]: t.to(filled.dtypes[n]) for n, t in (changed | result.floats).items()}
         floats |= {f"{n}.weight": t for n, t in result.weights.items()}
+        floats |= {f"{n}.{INPUT_SCALE}": t for n, t in scales.items()}
         self._save(_part(index), self._by_layer[index], result, floats)
         if hidden is not None:
             hidden.delete()

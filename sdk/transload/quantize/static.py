@@ -1,10 +1,22 @@
-"""Static activation scales: one scale for everything that a linear will ever be given, from calibration text."""
+"""Static activation scales: one scale for everything that a linear will ever be given, from calibration text.
+
+They are found while text runs through the layer as it will be used, folded and quantized, and stored beside the weight
+as `input_scale`, the name that compressed-tensors and msModelSlim give them.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from transload.errors import ConfigError
+from transload.quantize.held import Filled, Held, held_of
+from transload.quantize.layerwise import Assigned
+from transload.quantize.statistics import SAMPLE, Statistics, Watch
+
+INPUT_SCALE = "input_scale"
 _STEPS = 40
 _SMALLEST = 0.2
 
@@ -27,3 +39,53 @@ def static_scale(rows: Tensor, absmax: float, bits: int = 8) -> float:
         if error < best:
             best, best_scale = error, scale
     return best_scale
+
+
+class StaticInputs:
+    """Watches the linears of a filled layer whose activations are static, from now until `scales`.
+
+    tokens: how many the layer will be given. Does nothing in layers without such linears.
+    """
+
+    def __init__(self, label: str, filled: Filled, assigned: Mapping[str, Assigned], tokens: int) -> None:
+        self._label = label
+        self._names = {
+            held: names
+            for _, held in held_of(filled.layer)
+            if (names := [n for n in held.names if n in assigned and is_static(assigned[n])])
+        }
+        self._watch = Watch((), stride=max(1, tokens // SAMPLE))
+        for held in self._names:
+            held.watch = self._watch
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
+    def scales(self) -> dict[str, Tensor]:
+        """float32 [1] by stored module. Raises ConfigError for a linear that got nothing, or only zeros."""
+        for held in self._names:
+            held.watch = None
+        self._watch.finish()
+        found: dict[Statistics, Tensor] = {}
+        return {name: self._scale(held, found) for held, names in self._names.items() for name in names}
+
+    def _scale(self, held: Held, found: dict[Statistics, Tensor]) -> Tensor:
+        """Linears with the same input share one scale, as engines that stack q, k and v want it."""
+        seen = self._watch.of.get(held)
+        if seen is None or not seen.tokens:
+            raise ConfigError(
+                f"{self._label}: no calibration token reached {', '.join(self._names[held])}, so that it has no static "
+                "activation scale: give more text, or make its activations dynamic"
+            )
+        if seen not in found:
+            try:
+                scale = static_scale(seen.rows, float(seen.absmax.max()))
+            except ValueError as e:
+                raise ConfigError(f"{self._label}: {', '.join(self._names[held])}: {e}") from e
+            found[seen] = torch.tensor([scale])
+        return found[seen].clone()
+
+
+def is_static(assigned: Assigned) -> bool:
+    """Whether a module's activations have one stored scale."""
+    return assigned.spec.act is not None and assigned.spec.act.static
