@@ -19,7 +19,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent / "native"
 LIBRARY = Path(__file__).resolve().parent / "libtransload_native.so"
 
-_COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+_COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (
     *_AVX2,
@@ -61,16 +61,17 @@ def build(output: Path = LIBRARY, extra: tuple[str, ...] = (), machine: str | No
     names = [p.name for p in sorted(SOURCES.glob("*.cpp")) if p.name not in special]
     names += _MACHINES.get(machine, ())
     with tempfile.TemporaryDirectory() as folder:
-        openmp = _openmp(compiler, Path(folder))
         objects = [Path(folder) / f"{name}.o" for name in names]
         commands = [
-            [*compiler, *_COMMON, *openmp, *_FLAGS.get(name, ()), *extra, "-c", str(SOURCES / name), "-o", str(out)]
+            [*compiler, *_COMMON, *_FLAGS.get(name, ()), *extra, "-c", str(SOURCES / name), "-o", str(out)]
             for name, out in zip(names, objects, strict=True)
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         built = output.with_name(f".{output.name}.{os.getpid()}")
-        _run([*compiler, "-shared", *openmp, *_static_runtime(compiler), *extra, *map(str, objects), "-o", str(built)])
+        _run(
+            [*compiler, "-shared", "-pthread", *_static_runtime(compiler), *extra, *map(str, objects), "-o", str(built)]
+        )
     built.replace(output)
     return output
 
@@ -80,15 +81,6 @@ def _compiler() -> list[str]:
     if not named[0] or shutil.which(named[0]) is None:
         raise BuildFailed(f"no C++ compiler found ({named[0] or 'c++, g++, clang++'}); install one or set CXX")
     return named
-
-
-def _openmp(compiler: list[str], folder: Path) -> list[str]:
-    """The OpenMP flag where the compiler has it; without, the kernels use one thread."""
-    probe = folder / "openmp_probe.cpp"
-    probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n", encoding="utf-8")
-    command = [*compiler, "-fopenmp", str(probe), "-o", str(folder / "openmp_probe")]
-    found = subprocess.run(command, capture_output=True, check=False)
-    return ["-fopenmp"] if found.returncode == 0 else []
 
 
 def _static_runtime(compiler: list[str]) -> list[str]:

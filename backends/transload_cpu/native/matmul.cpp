@@ -1,24 +1,21 @@
 // The driver of every product: checks the call, quantizes the activations, and shares panels and rows among threads.
 //
 // Rows are cut into tiles, tiles of one expert are gathered into bands that fit the L2 cache, and panels into chunks.
-// A work item is one band times one chunk; threads take items as they finish (a busy core takes fewer).
+// A work item is one band times one chunk; threads take items as they finish (a busy core takes fewer). The threads that
+// come to a band first quantize its activations together.
 #include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "isa.h"
+#include "parallel.h"
 
 namespace transload {
 namespace {
 
 constexpr int64_t kItemsPerThread = 8;          // enough to even out a core that is slowed down
 constexpr int64_t kSerialBytes = 96 << 10;      // weights below this are not worth waking a second thread
-constexpr int64_t kSerialActivations = 16 << 10;
 constexpr size_t kKeptBytes = size_t(64) << 20; // larger scratch memory is given back after the call
 
 // Memory of the calling thread, kept between calls.
@@ -49,14 +46,6 @@ class Scratch {
   size_t size_ = 0;
 };
 
-int this_thread() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
 // Some rows of one expert: a tile of quantized activations, or a run of tiles.
 struct Rows {
   int64_t expert, first, tokens;
@@ -73,6 +62,7 @@ struct Work {
   std::vector<Rows> tiles;
   std::vector<int> tile_rows;  // of every tile, rows in use
   std::vector<Band> bands;
+  mutable std::vector<Stage> quantized;  // of every band
   int64_t chunk, chunks;  // panels per chunk, chunks per band
   int threads;
   int8_t *q;              // all tiles, one after the other
@@ -144,12 +134,12 @@ const int32_t *order_of(const Work &w) {
 }
 
 // Quantizes one token. Slots count places in tiles; a tile that is not full leaves its last slots empty.
-void quantize_slot(const Work &w, int64_t slot) {
+void quantize_slot(const Work &w, int64_t slot, int worker) {
   const Layout &weight = *w.plan.weight;
   const int64_t index = slot / w.tokens_per_tile(), i = slot % w.tokens_per_tile();
   const Rows rows = w.tiles[static_cast<size_t>(index)];
   if (i >= rows.tokens) return;
-  uint8_t *memory = w.row_memory + this_thread() * weight.kp * 6;
+  uint8_t *memory = w.row_memory + worker * weight.kp * 6;
   auto *floats = reinterpret_cast<float *>(memory);
   auto *bytes = reinterpret_cast<int8_t *>(memory + weight.kp * 4);
   const int64_t row_bytes = w.call->x_stride * dtype_bytes(w.call->x_dtype);
@@ -158,14 +148,14 @@ void quantize_slot(const Work &w, int64_t slot) {
   w.isa->quantize_row(w.plan, floats, static_cast<int>(w.plan.split ? 2 * i : i), bytes, w.tile(index));
 }
 
-void multiply_item(const Work &w, int64_t item) {
+void multiply_item(const Work &w, int64_t item, int worker) {
   const Layout &weight = *w.plan.weight;
   const Band band = w.bands[static_cast<size_t>(item / w.chunks)];
   const Rows &head = w.tiles[static_cast<size_t>(band.first_tile)];
   const Rows &tail = w.tiles[static_cast<size_t>(band.first_tile + band.tiles - 1)];
   const int64_t tokens = tail.first + tail.tokens - head.first, n = weight.geometry.n;
   const TileRun run{w.tile(band.first_tile), w.tile_rows.data() + band.first_tile, static_cast<int>(band.tiles)};
-  float *out = w.out + this_thread() * w.out_floats;
+  float *out = w.out + worker * w.out_floats;
   const int64_t first = item % w.chunks * w.chunk, last = std::min(first + w.chunk, weight.panels);
   for (int64_t panel = first; panel < last; panel++) {
     const int64_t column = panel * kPanel;
@@ -177,23 +167,21 @@ void multiply_item(const Work &w, int64_t item) {
   }
 }
 
-void run(const Work &w) {
-  const int64_t slots = static_cast<int64_t>(w.tiles.size()) * w.tokens_per_tile();
-  const int64_t items = static_cast<int64_t>(w.bands.size()) * w.chunks;
-  // A token or two are quantized before the threads meet: decoding then meets once, at the end.
-  const bool few = slots * w.plan.weight->kp <= kSerialActivations;
-  for (int64_t slot = 0; few && slot < slots; slot++) quantize_slot(w, slot);
-#pragma omp parallel num_threads(w.threads)
-  {
+void run(Work &w) {
+  const int64_t per_tile = w.tokens_per_tile();
+  w.quantized = std::vector<Stage>(w.bands.size());
+  for (size_t b = 0; b < w.bands.size(); b++)
+    w.quantized[b].reset(static_cast<uint32_t>(w.bands[b].tiles * per_tile));
+  share(w.threads, static_cast<int64_t>(w.bands.size()) * w.chunks, [&](Share &mine) {
     if (w.isa->enter) w.isa->enter(w.plan);
-    if (!few) {
-#pragma omp for schedule(static)
-      for (int64_t slot = 0; slot < slots; slot++) quantize_slot(w, slot);
+    for (int64_t item; mine.next(&item);) {
+      const auto band = static_cast<size_t>(item / w.chunks);
+      const int64_t first = w.bands[band].first_tile * per_tile;
+      w.quantized[band].complete([&](int64_t i) { quantize_slot(w, first + i, mine.worker); });
+      multiply_item(w, item, mine.worker);
     }
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t item = 0; item < items; item++) multiply_item(w, item);
     if (w.isa->leave) w.isa->leave();
-  }
+  });
 }
 
 // Rows of x are at most what 63 bits can address, and counts add up to m.

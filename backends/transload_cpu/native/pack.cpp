@@ -7,6 +7,7 @@
 #endif
 
 #include "isa.h"
+#include "parallel.h"
 
 namespace transload {
 namespace {
@@ -125,8 +126,7 @@ extern "C" int32_t tl_pack(const tl_geometry *geometry, const uint8_t *codes, co
     return TL_BAD_ARGUMENT;
   const int64_t n = l.geometry.n, k = l.geometry.k, all = l.geometry.experts * l.panels;
   prefer_huge_pages(packed, packed_bytes);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t index = 0; index < all; index++) {
+  parallel(threads, all, [&](int64_t index, int) {
     const int64_t expert = index / l.panels, panel = index % l.panels, row = expert * n + panel * kPanel;
     const int outputs = outputs_of(l, panel);
     const Sections to = sections_at(l, packed, expert, panel);
@@ -136,7 +136,7 @@ extern "C" int32_t tl_pack(const tl_geometry *geometry, const uint8_t *codes, co
     if (zeros)
       side_in(static_cast<const uint8_t *>(zeros) + row * l.groups * l.zero_bytes, l.groups, outputs, l.zero_bytes,
               to.zeros);
-  }
+  });
   if (order) std::memcpy(static_cast<uint8_t *>(packed) + l.order_at, order, static_cast<size_t>(k) * 4);
   write_header(l, packed);
   return TL_OK;
@@ -158,8 +158,7 @@ extern "C" int32_t tl_unpack(const void *packed, int64_t packed_bytes, uint8_t *
   if (!codes || !scales || threads < 1 || (l.zero_bytes && !zeros) || (l.geometry.act_order && !order))
     return TL_BAD_ARGUMENT;
   const int64_t n = l.geometry.n, k = l.geometry.k, all = l.geometry.experts * l.panels;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t index = 0; index < all; index++) {
+  parallel(threads, all, [&](int64_t index, int) {
     const int64_t expert = index / l.panels, panel = index % l.panels, row = expert * n + panel * kPanel;
     const int outputs = outputs_of(l, panel);
     const Panel from = panel_at(l, packed, expert, panel);
@@ -169,7 +168,7 @@ extern "C" int32_t tl_unpack(const void *packed, int64_t packed_bytes, uint8_t *
     if (from.zeros)
       side_out(from.zeros, l.groups, 0, outputs, l.zero_bytes,
                static_cast<uint8_t *>(zeros) + row * l.groups * l.zero_bytes);
-  }
+  });
   if (l.geometry.act_order) std::memcpy(order, order_of(l, packed), static_cast<size_t>(k) * 4);
   return TL_OK;
 }
@@ -204,12 +203,11 @@ extern "C" int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int32
   if (!out || threads < 1 || dtype < TL_FLOAT32 || dtype > TL_FLOAT16) return TL_BAD_ARGUMENT;
   const int64_t n = l.geometry.n, k = l.geometry.k, all = l.geometry.experts * l.panels;
   const Isa &isa = best_isa();
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t index = 0; index < all; index++) {
+  parallel(threads, all, [&](int64_t index, int) {
     const int64_t expert = index / l.panels, panel = index % l.panels, at = expert * k * n + panel * kPanel;
     isa.dequantize(l, panel_at(l, packed, expert, panel), order_of(l, packed), outputs_of(l, panel), dtype,
                    static_cast<uint8_t *>(out) + at * dtype_bytes(dtype));
-  }
+  });
   return TL_OK;
 }
 
