@@ -77,7 +77,7 @@ _SIGNATURES = {
 
 @cache
 def load(path: Path | None = None) -> ctypes.CDLL:
-    """The library at `path` (default: where the build puts it). Raises BackendError when it is absent or does not load."""
+    """The library at `path`, by default where the build puts it. Raises BackendError when it is absent or broken."""
     from transload_cpu.build_native import LIBRARY  # here, so that running that module does not import it twice
 
     path = path or LIBRARY
