@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from transload.bench.timing import Clock
+from transload.bench.model_cli import checked_clock, model
 
-app = typer.Typer(help="Time kernels beside every library that does the same.", no_args_is_help=True)
+app = typer.Typer(help="Time kernels and models beside everyone who does the same.", no_args_is_help=True)
 
 SHAPE_HELP = "NxK, or EXPERTSxNxK; may be repeated. Default: layers of small and 7-billion-parameter models."
-
-
-@app.callback()
-def _bench() -> None:
-    """Keeps `matmul` a subcommand however many there are."""
 
 
 @app.command()
@@ -74,7 +68,7 @@ def matmul(
     if rates:
         read, int8, bf16 = rates.read / 1e9, rates.int8 / 1e9, rates.bf16 / 1e9
         console.print(f"read {read:.1f} GB/s, dense int8 {int8:.0f} GOP/s, dense bf16 {bf16:.0f} GFLOP/s", style="dim")
-    settings = matmul.Settings(threads, rounds, seconds, peers, tuple(env or ()), rates, _clock(clock))
+    settings = matmul.Settings(threads, rounds, seconds, peers, tuple(env or ()), rates, checked_clock(clock))
     done = []
     with console.status("") as status:
         for case, row in zip(chosen, matmul.run(backend, found, chosen, settings), strict=True):
@@ -98,9 +92,4 @@ def matmul(
         report.plot(done, plot)
 
 
-def _clock(name: str) -> Clock:
-    from transload.errors import ConfigError
-
-    if name not in ("wall", "cpu"):
-        raise ConfigError(f"clock '{name}': give wall or cpu")
-    return "cpu" if name == "cpu" else "wall"
+app.command()(model)

@@ -25,12 +25,22 @@ def measure(threads: int) -> Limits:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        memory = torch.ones(READ_BYTES // 4, dtype=torch.float32)
-        read = READ_BYTES / _best(memory.sum, 7)
+        read = read_rate(threads)
         a, b = (torch.randint(-127, 127, (2048, 2048), dtype=torch.int8) for _ in range(2))
         c, d = a.to(torch.bfloat16), b.to(torch.bfloat16)
         operations = 2 * 2048**3
         return Limits(read, operations / _best(lambda: torch._int_mm(a, b), 5), operations / _best(lambda: c @ d, 5))
+    finally:
+        torch.set_num_threads(before)
+
+
+def read_rate(threads: int) -> float:
+    """Bytes per second: the best of several sums over 512 MB with that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        memory = torch.ones(READ_BYTES // 4, dtype=torch.float32)
+        return READ_BYTES / _best(memory.sum, 7)
     finally:
         torch.set_num_threads(before)
 

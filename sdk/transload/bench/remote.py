@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,16 +23,20 @@ ERROR_ROWS = 16  # rows whose error is computed
 
 
 class Environment:
-    """Another Python with other libraries. Use as a context manager."""
+    """Another Python with other libraries, or a process of this one. Use as a context manager.
 
-    def __init__(self, python: Path) -> None:
-        worker = Path(__file__).with_name("worker.py")
+    worker: the file of this folder that it runs. variables: environment variables on top of this process's.
+    """
+
+    def __init__(
+        self, python: Path, worker: str = "worker.py", variables: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         # A pool that spins after its work is done would slow down whoever has the next turn.
-        environment = {**os.environ, "KMP_BLOCKTIME": "1", "PYTHONPATH": ""}
+        environment = {**os.environ, "KMP_BLOCKTIME": "1", "PYTHONPATH": "", **variables}
         self.python = python
         try:
             self._process = subprocess.Popen(
-                [str(python), str(worker)],
+                [str(python), str(Path(__file__).with_name(worker))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -44,6 +50,15 @@ class Environment:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """The worker's process."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """Ends the worker; a second time does nothing."""
         self._process.terminate()
         self._process.wait()
 
