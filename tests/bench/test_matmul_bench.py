@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,14 @@ def test_a_row_has_a_time_and_an_error_for_everyone(scheme: str) -> None:
     assert json.loads(json.dumps(row.as_json()))["scheme"] == scheme
 
 
-def test_experts_are_compared_with_a_dense_loop() -> None:
-    (row,) = rows_of(cases.MatmulCase(32, 64, 5, 32, "w4a8", experts=3))
+def test_experts_are_compared_with_loops_over_every_peer() -> None:
+    """Also those of another environment; an expert without rows is left out."""
+    settings = replace(QUICK, environments=(Path(sys.executable),))
+    (row,) = rows_of(cases.MatmulCase(32, 64, 2, 32, "w4a8", experts=3), settings)
     assert row.experts == 3
-    assert "torch bf16" in row.peers
+    assert {"torch bf16", "torch fp32", "torch int4pack"} <= row.peers.keys()
     assert row.errors["torch bf16"] < 1e-2
+    assert row.errors["torch fp32"] < 1e-6
 
 
 def test_peers_compute_the_same_product() -> None:
@@ -72,6 +76,18 @@ def test_the_best_peer_is_of_the_same_scheme() -> None:
     row.faster.update(a=1.5, b=0.5)
     assert row.best_peer() == ("a", 1.5)
     assert "1.50 x the best peer" in report.summary([row])[0]
+
+
+def test_fractions_of_the_limits_are_written(tmp_path: Path) -> None:
+    row = matmul.Row(8, 8, 1, 8, "w4a8", 1, "ours", 10.0, 0.0, read=0.5, peak=0.25, peers={"a": 20.0})
+    row = replace(row, faster={"a": 2.0}, errors={"a": 0.0}, schemes={"a": "w4a8"})
+    report.write_csv([row], tmp_path / "t.csv")
+    report.write_markdown([row], tmp_path / "t.md")
+    with (tmp_path / "t.csv").open() as file:
+        ours, peer = csv.DictReader(file)
+    assert (ours["contender"], ours["of_read"], ours["of_peak"]) == ("ours", "0.5000", "0.2500")
+    assert (peer["contender"], peer["faster"], peer["of_read"]) == ("a", "2.000", None)
+    assert "| 50% | 25% | 2.00 |" in (tmp_path / "t.md").read_text()
 
 
 def test_contenders_take_turns() -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from transload.bench.timing import CLOCKS, Clock
+
 READ_BYTES = 512 << 20  # beyond every cache
 
 
@@ -34,22 +36,22 @@ def measure(threads: int) -> Limits:
         torch.set_num_threads(before)
 
 
-def read_rate(threads: int) -> float:
+def read_rate(threads: int, clock: Clock = "wall") -> float:
     """Bytes per second: the best of several sums over 512 MB with that many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         memory = torch.ones(READ_BYTES // 4, dtype=torch.float32)
-        return READ_BYTES / _best(memory.sum, 7)
+        return READ_BYTES / _best(memory.sum, 7, CLOCKS[clock])
     finally:
         torch.set_num_threads(before)
 
 
-def _best(call: Callable[[], object], tries: int) -> float:
+def _best(call: Callable[[], object], tries: int, now: Callable[[], float] = time.perf_counter) -> float:
     call()
     times = []
     for _ in range(tries):
-        start = time.perf_counter()
+        start = now()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return min(times)

@@ -168,11 +168,10 @@ def _call(kernel: Kernel, packed: Packed, data: Operands) -> Callable[[], torch.
 def _peers(
     data: Operands, others: Sequence[Environment], folder: Path, settings: Settings
 ) -> tuple[list[Contender], dict[str, str]]:
-    """Peers of this process, then what other environments add. Experts have dense peers only."""
-    if data.counts is not None:
-        return [Local("torch bf16", _dense_experts(data), settings.clock)], {}
+    """Peers of this process, then what other environments add."""
+    weight = data.weight
     given = peers.Data(
-        data.weight.codes, data.weight.scales.float(), data.x.float(), data.weight.spec.group_size, settings.threads
+        weight.codes, weight.scales.float(), data.x.float(), weight.spec.group_size, settings.threads, data.counts
     )
     calls, reasons = peers.prepared(given)
     contenders: list[Contender] = [Local(name, call, settings.clock) for name, call in calls.items()]
@@ -182,14 +181,6 @@ def _peers(
         contenders += new
         reasons = {name: reasons[name] for name in reasons.keys() & why.keys()}
     return contenders, reasons
-
-
-def _dense_experts(data: Operands) -> Callable[[], torch.Tensor]:
-    """A loop of dense bfloat16 products over the experts that have rows."""
-    assert data.counts is not None
-    weight, x = data.weight.dequantize(torch.bfloat16), data.x.bfloat16()
-    parts = [(w, rows) for w, rows in zip(weight, torch.split(x, data.counts.tolist()), strict=True) if len(rows)]
-    return lambda: torch.cat([torch.nn.functional.linear(rows, w) for w, rows in parts])
 
 
 def _error(y: torch.Tensor, truth: torch.Tensor) -> float:

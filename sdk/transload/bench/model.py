@@ -120,7 +120,7 @@ def _take_turns(
     rates = []
     for turn in range(settings.rounds + 1):
         if settings.limits:
-            rates.append(read_rate(settings.threads))
+            rates.append(read_rate(settings.threads, settings.clock))
         for r in list(running) if turn % 2 == 0 else list(reversed(running)):
             say(f"{'warming up' if turn == 0 else f'round {turn} of {settings.rounds}'}: {r.name}")
             time.sleep(PAUSE)

@@ -134,7 +134,7 @@ class Genai:
         config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
         self._model = self._library.Model(config)
         self.versions = {name: version(name) for name in ("onnxruntime-genai", "onnxruntime")}
-        self.detail = f"{Path(job.onnx).name}"
+        self.detail = f"the folder {Path(job.onnx).name}, which may hold other numbers"
 
     def answer(self, ids: list[int], text: str, new: int) -> Answer:
         """The prompt in one step, then a token at a time."""

@@ -22,17 +22,27 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Data:
-    """codes: uint8 [N, K] with midpoint 8; scales: float32 [N, G], exact in float16; x: float32 [M, K]."""
+    """codes: uint8 [N, K] with midpoint 8; scales: float32 [N, G], exact in float16; x: float32 [M, K].
+
+    With experts, codes and scales have a first dimension E, and counts int64 [E] are the rows of x of each.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
     x: torch.Tensor
     group: int
     threads: int
+    counts: torch.Tensor | None = None
 
     def dequantized(self) -> torch.Tensor:
         """The weight as float32 [N, K]."""
         return (self.codes.float() - 8) * self.scales.repeat_interleave(self.group, 1)
+
+    def experts(self) -> list[Data]:
+        """One linear for every expert that has rows."""
+        assert self.counts is not None
+        parts = zip(self.codes, self.scales, torch.split(self.x, self.counts.tolist()), strict=True)
+        return [Data(codes, scales, x, self.group, self.threads) for codes, scales, x in parts if len(x)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,18 +206,27 @@ PEERS = (
 
 
 def prepared(d: Data) -> tuple[dict[str, Call], dict[str, str]]:
-    """(calls, reasons) of every peer: those that ran once on this case, and why the others did not."""
+    """(calls, reasons) of every peer: those that ran once on this case, and why the others did not.
+
+    Experts are multiplied one after the other.
+    """
     calls: dict[str, Call] = {}
     reasons: dict[str, str] = {}
     for peer in PEERS:
         try:
-            call = peer.prepare(d)
+            call = peer.prepare(d) if d.counts is None else _one_by_one(peer, d)
             call()
         except Exception as e:
             reasons[peer.name] = _first_line(e)
         else:
             calls[peer.name] = call
     return calls, reasons
+
+
+def _one_by_one(peer: Peer, d: Data) -> Call:
+    """The experts in a loop: what is left to a caller whose library has no grouped product."""
+    calls = [peer.prepare(part) for part in d.experts()]
+    return lambda: torch.cat([call() for call in calls])
 
 
 def _library(name: str) -> Any:

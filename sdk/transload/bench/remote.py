@@ -65,7 +65,8 @@ class Environment:
     def load(self, data: Data, folder: Path, clock: Clock = "wall") -> tuple[list[RemotePeer], dict[str, str]]:
         """(contenders, reasons) for one case."""
         path = folder / "case.npz"
-        np.savez(path, codes=data.codes.numpy(), scales=data.scales.numpy(), x=data.x.numpy())
+        counts: dict[str, Any] = {} if data.counts is None else {"counts": data.counts.numpy()}
+        np.savez(path, codes=data.codes.numpy(), scales=data.scales.numpy(), x=data.x.numpy(), **counts)
         answer = self.ask({"load": str(path), "group": data.group, "threads": data.threads})
         return [RemotePeer(name, self, clock) for name in answer["ready"]], answer["reasons"]
 

@@ -57,24 +57,26 @@ def write_json(rows: Sequence[Row], path: Path) -> None:
 def write_markdown(rows: Sequence[Row], path: Path) -> None:
     """A line a case and a column a contender: microseconds of the chosen kernel, then how many times faster it is."""
     names = list(dict.fromkeys(name for r in rows for name in r.faster))
-    head = ["N", "K", "group", "scheme", "M", "threads", "kernel", "us", "error", *names]
+    head = ["N", "K", "group", "scheme", "M", "threads", "kernel", "us", "error", "of read", "of peak", *names]
     lines = [head, ["---"] * len(head)]
     for r in rows:
         case = (f"{r.experts}x{r.n}" if r.experts else r.n, r.k, r.group, r.scheme, r.m, r.threads, r.kernel)
         times = [f"{r.faster[name]:.2f}" if name in r.faster else "" for name in names]
-        lines.append([*map(str, case), f"{r.us:.0f}", f"{r.rel_err:.1e}", *times])
+        lines.append([*map(str, case), f"{r.us:.0f}", f"{r.rel_err:.1e}", _percent(r.read), _percent(r.peak), *times])
     path.write_text("".join("| " + " | ".join(line) + " |\n" for line in lines), encoding="utf-8")
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """One line for every contender of every case."""
+    """One line for every contender of every case; fractions of the measured limits for the chosen kernel."""
     names = ("n", "k", "m", "group", "experts", "scheme", "threads", "contender", "computes", "us", "rel_err", "faster")
+    limits = ("of_read", "of_peak")
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow(names)
+        out.writerow((*names, *limits))
         for r in rows:
             case = (r.n, r.k, r.m, r.group, r.experts or "", r.scheme, r.threads)
-            out.writerow((*case, r.kernel, r.scheme, f"{r.us:.2f}", f"{r.rel_err:.3e}", "1"))
+            reached = ("" if part is None else f"{part:.4f}" for part in (r.read, r.peak))
+            out.writerow((*case, r.kernel, r.scheme, f"{r.us:.2f}", f"{r.rel_err:.3e}", "1", *reached))
             for name, us in r.peers.items():
                 line = (name, r.schemes[name], f"{us:.2f}", f"{r.errors[name]:.3e}", f"{r.faster[name]:.3f}")
                 out.writerow((*case, *line))
@@ -89,18 +91,18 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = list(dict.fromkeys((r.n, r.k, r.group, r.scheme, r.threads) for r in rows))
+    panels = list(dict.fromkeys((r.experts or 1, r.n, r.k, r.group, r.scheme, r.threads) for r in rows))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
-        chosen = [r for r in rows if (r.n, r.k, r.group, r.scheme, r.threads) == panel]
+        chosen = [r for r in rows if (r.experts or 1, r.n, r.k, r.group, r.scheme, r.threads) == panel]
         for name in dict.fromkeys(name for r in chosen for name in r.peers):
             points = [(r.m, r.peers[name]) for r in chosen if name in r.peers]
             axis.plot(*zip(*points, strict=True), marker=".", linewidth=0.8, label=name)
         axis.plot([r.m for r in chosen], [r.us for r in chosen], "k-o", linewidth=2, label=chosen[0].kernel)
         axis.set(xscale="log", yscale="log", xlabel="M", ylabel="us")
-        axis.set_title("N={} K={} g{} {} {} threads".format(*panel), fontsize=9)
+        axis.set_title("{}x N={} K={} g{} {} {} threads".format(*panel), fontsize=9)
         axis.legend(fontsize=6)
     for axis in axes.flat[len(panels) :]:
         axis.remove()

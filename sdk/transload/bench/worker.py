@@ -32,7 +32,9 @@ def main() -> None:
             torch.set_num_threads(request["threads"])
             arrays = np.load(request["load"], allow_pickle=False)
             tensors = [torch.from_numpy(arrays[name]) for name in ("codes", "scales", "x")]
-            calls, reasons = peers.prepared(peers.Data(*tensors, request["group"], request["threads"]))
+            counts = torch.from_numpy(arrays["counts"]) if "counts" in arrays else None
+            data = peers.Data(*tensors, request["group"], request["threads"], counts)
+            calls, reasons = peers.prepared(data)
             answer: dict[str, Any] = {"ready": list(calls), "reasons": reasons}
         elif "time" in request:
             call = calls[request["time"]]
