@@ -65,6 +65,7 @@ VLLM_CUDA = Engine(
 _AMX, _AVX512 = frozenset({"amx"}), frozenset({"avx512"})
 _SILENT = "with AMX and bfloat16 it runs as W4A8 unless VLLM_CPU_INT4_W4A8=0; without AMX as W4A16"
 _WIDE = "CPUWNA16"
+_CPU_STATIC = "with AMX static activation scales are ignored: a scale is found for every token"
 _CPU_EXPERTS = "experts of 4 and 8 bits need AMX; inside, 4-bit ones multiply int8 activations"
 
 
@@ -88,6 +89,8 @@ VLLM_CPU = Engine(
              experts=True, archs=_AMX, note=_CPU_EXPERTS),
         Rule("compressed-tensors", _W4, _MARLIN, _SYM, "W4A8", "Dynamic4bit", act="token", experts=False),
         Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", "CPUInt8ScaledMM", act="token", experts=False),
+        Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", "CPUInt8ScaledMM", act="static", experts=False,
+             note=_CPU_STATIC),
         Rule("compressed-tensors", _W8, _CHANNEL, _SYM, "W8A8", "CPUExpertsInt8", act="token", experts=True,
              archs=_AMX, multiple=32, note=_CPU_EXPERTS),
     ),

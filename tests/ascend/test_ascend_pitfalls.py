@@ -132,9 +132,21 @@ def test_e14_offset_binary_becomes_twos_complement() -> None:
     assert twos_complement == offset_binary ^ 8
 
 
-def test_e16_static_w8a8_is_refused_because_its_parts_depend_on_the_rank() -> None:
+def test_e16_static_w8a8_has_offset_zero_and_its_bias_in_steps_of_the_integer_sums() -> None:
+    """The engine holds input_offset as int8, and adds quant_bias on one rank alone: both are as it wants them."""
     static = QuantSpec(8, PER_CHANNEL, act=ActSpec(static=True))
-    assert "static" in str(_format("msmodelslim").cannot_hold(static, (64, 64)))
+    format = _format("msmodelslim")
+    assert format.cannot_hold(static, (64, 64)) is None
+    assert "8 bits" in str(format.cannot_hold(QuantSpec(4, PER_CHANNEL, act=ActSpec(static=True)), (64, 64)))
+    scales, step, bias = torch.rand(64, 1) + 0.1, torch.tensor([0.25]), torch.randn(64) * 30
+    made = format.calibrated("m", scales, step, bias, "bfloat16")
+    assert made["m.input_offset"].tolist() == [0.0]
+    assert torch.equal(made["m.deq_scale"], step * scales[:, 0])
+    assert (
+        float((made["m.quant_bias"] * made["m.deq_scale"] - bias).abs().max()) <= float(made["m.deq_scale"].max()) / 2
+    )
+    bits = format.calibrated("m", scales, step, bias, "float16")["m.deq_scale"]
+    assert torch.equal(bits.to(torch.int32).view(torch.float32), made["m.deq_scale"])
 
 
 def test_e22_files_can_be_read_by_the_server_that_loads_them(ported: Path) -> None:

@@ -18,7 +18,7 @@ from simulator import process
 
 import transload
 from transload.formats import find_format
-from transload.quant import QTensor, QuantSpec, fuse_rows, stack_experts
+from transload.quant import PER_CHANNEL, ActSpec, QTensor, QuantSpec, fuse_rows, stack_experts
 from transload.reference import quantize_rtn
 from transload_ascend import layouts
 
@@ -103,3 +103,31 @@ def test_the_dense_class_of_023_takes_groups_and_keeps_every_number(classes: Pat
         (w,) = weights(folder, name)
         assert torch.equal(layouts.unpack_along_n(made[f"{LAYER}{name}.weight"]), w.codes)
         assert torch.equal(made[f"{LAYER}{name}.weight_scale_second"].float(), w.scales.T)
+
+
+def test_the_static_class_of_023_computes_what_the_scales_say(classes: Path, tmp_path: Path) -> None:
+    """Linears with one calibrated activation scale, one of them with a bias, which is added to integer sums."""
+    generator, native = torch.Generator().manual_seed(1), find_format("compressed-tensors")
+    spec = QuantSpec(8, PER_CHANNEL, scale_dtype=torch.float32, act=ActSpec(static=True))
+    names = [LAYER + name for name in LINEARS]
+    floats = {name: torch.randn(LINEARS[name.removeprefix(LAYER)], generator=generator) / 16 for name in names}
+    tensors = {f"{names[0]}.bias": torch.randn(HIDDEN, generator=generator)}
+    for name in names:
+        tensors |= native.encode(name, quantize_rtn(floats[name], spec)) | {
+            f"{name}.input_scale": torch.tensor([0.03125])
+        }
+    (tmp_path / "source").mkdir()
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    config = {"model_type": "qwen2", "num_hidden_layers": 1} | native.finish(dict.fromkeys(names, spec), {})[
+        "config.json"
+    ]
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    transload.port(tmp_path / "source", tmp_path / "ported", "vllm-ascend==0.23")
+    made = judged(classes, tmp_path / "ported")
+    x = torch.randn(5, HIDDEN, generator=generator)
+    for name in names:
+        layer = {n.removeprefix(f"{name}."): t for n, t in made.items() if n.startswith(f"{name}.")}
+        steps = (x / layer["aclnn_input_scale"].float() + layer["input_offset"]).round().clamp(-128, 127)
+        y = (steps.double() @ layer["weight"].double() + layer["quant_bias"]) * layer["deq_scale"]
+        want = x @ floats[name].T + tensors.get(f"{name}.bias", torch.zeros(HIDDEN))
+        assert float((y - want).square().sum() / want.square().sum()) < 1e-3  # 30 dB, both roundings

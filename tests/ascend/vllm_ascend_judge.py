@@ -98,6 +98,7 @@ def main(source: Path, folder: Path, result: Path) -> None:
     configure(description)
     w4a8 = importlib.import_module("vllm_ascend.quantization.methods.w4a8")
     w8a8 = importlib.import_module("vllm_ascend.quantization.methods.w8a8_dynamic")
+    static = importlib.import_module("vllm_ascend.quantization.methods.w8a8_static")
     tensors: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
@@ -108,12 +109,17 @@ def main(source: Path, folder: Path, result: Path) -> None:
         if kind == "FLOAT":
             continue
         found = parts(tensors, module)
-        linear = {"W8A8_DYNAMIC": w8a8.AscendW8A8DynamicLinearMethod,
+        linear = {"W8A8_DYNAMIC": w8a8.AscendW8A8DynamicLinearMethod, "W8A8": static.AscendW8A8LinearMethod,
                   "W4A8_DYNAMIC": getattr(w4a8, "AscendW4A8DynamicLinearMethod", None)}[kind]()  # fmt: skip
         n, k = found["weight_scale"].shape[0], found["weight"].shape[1]
         allocated = linear.get_weight(k, n, torch.bfloat16) | linear.get_perchannel_param(n, torch.bfloat16)
         row = "row" if module.endswith(("o_proj", "down_proj")) else None
         allocated |= linear.get_pergroup_param(k, n, torch.bfloat16, row)
+        if kind == "W8A8":
+            allocated |= linear.get_pertensor_param(torch.bfloat16)
+            found["input_offset"] = found["input_offset"].to(torch.int8)  # stored as a float; the loader casts it
+        bias = found.pop("bias", None)
+        assert bias is None or bias.shape == (n,)
         plain = {key: value for key, value in allocated.items() if isinstance(value, Tensor)}
         layer = take(plain, found, module, cast=True)
         linear.process_weights_after_loading(layer)

@@ -123,6 +123,16 @@ class Format(ABC):
         """The stored tensors, full names, of one quantized module. Only called when `cannot_hold` is None."""
         raise CannotHold(f"'{self.name}' is read only")
 
+    def calibrated(
+        self, name: str, scales: Tensor, input_scale: Tensor, bias: Tensor | None, dtype: str
+    ) -> dict[str, Tensor]:
+        """The stored tensors that say how static activations of one module are scaled, besides those of `encode`.
+
+        scales: of the weight [N, G]. input_scale: float32 [1], a step of symmetric int8. bias: [N] or None. dtype: the
+        model's, in the words of config.json. Formats that keep the scale alone under this name need not say so.
+        """
+        return {f"{name}.input_scale": input_scale}
+
     def finish(self, specs: Mapping[str, QuantSpec], floats: Mapping[str, tuple[int, ...]]) -> dict[str, Json]:
         """Extra JSON by file name; the object under "config.json" is merged into the model's own.
 

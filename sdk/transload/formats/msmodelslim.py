@@ -7,11 +7,13 @@ quant_model_description.json gives every stored tensor a type; the tensors of on
       per group   the same, and weight_scale_second f32, weight_offset_second int64 [N, K/g]: scale = first * second
     W4A16         weight int8 [N/2, K], or [N, K/2] per channel        weight_scale, weight_offset f32 [N, K/g]
     W8A16         weight int8 [N, K]                                   weight_scale, weight_offset f32 [N, K/g]
-    W8A8          weight int8 [N, K]  input_scale, input_offset [1]  quant_bias int32 [N]  deq_scale [N]     (read only)
+    W8A8          weight int8 [N, K]  input_scale, input_offset [1]  quant_bias int32 [N]  deq_scale [N]
+                  the older saver, and this one: weight_scale, weight_offset f32 [N, 1] too
 
-w = (q - weight_offset) * scale. Files of the older saver have no `version` and keep one 4-bit code per byte. Per group
-W4A8 loads in vllm-ascend 0.23 and no later. Source: msModelSlim 26.1 `modelslim_v1/save/ascendv1.py` and
-`llm_ptq_tools/save/complex_quantifier.py`.
+w = (q - weight_offset) * scale, and for W8A8 y = (round(x / input_scale + input_offset) @ q.T + quant_bias) * deq_scale
+with deq_scale = input_scale * scale, in int64 the bits of a float32 where the model is float16. Files of the older
+saver have no `version` and keep one 4-bit code per byte. Per group W4A8 loads in vllm-ascend 0.23 and no later. Source:
+msModelSlim 26.1 `modelslim_v1/save/ascendv1.py`, `llm_ptq_tools/save/complex_quantifier.py`, `save/utils/deqscale.py`.
 """
 
 from __future__ import annotations
@@ -106,6 +108,21 @@ class MsModelSlim(Format):
             parts["scale_bias"] = layouts.scale_bias(name, w.dequantize())
         return {f"{name}.{part}": t for part, t in parts.items()}
 
+    def calibrated(
+        self, name: str, scales: Tensor, input_scale: Tensor, bias: Tensor | None, dtype: str
+    ) -> dict[str, Tensor]:
+        """W8A8's: a symmetric input has offset 0, and the bias is counted in steps of the integer sums."""
+        deq = input_scale.float() * scales[:, 0].float()
+        steps = torch.zeros_like(deq) if bias is None else (bias.double() / deq.double()).round()
+        limits = torch.iinfo(torch.int32)
+        parts = {
+            "input_scale": input_scale.float(),
+            "input_offset": torch.zeros(1),
+            "quant_bias": steps.clamp(limits.min, limits.max).to(torch.int32),
+            "deq_scale": deq.view(torch.int32).long() if dtype == "float16" else deq,
+        }
+        return {f"{name}.{part}": t for part, t in parts.items()}
+
     def finish(self, specs: Mapping[str, QuantSpec], floats: Mapping[str, tuple[int, ...]]) -> dict[str, Json]:
         """Nothing but the check that one `group_size` describes all modules; `describe` writes the file."""
         _group_size(specs)
@@ -185,8 +202,10 @@ def _activation_limits(spec: QuantSpec) -> str | None:
     act = spec.act
     if act is None:
         return None
-    if act.static or act.group_size != PER_CHANNEL:
-        return f"it writes activations quantized dynamically per token, not {act}"
+    if act.group_size != PER_CHANNEL:
+        return f"it writes activations quantized per token or per tensor, not {act}"
+    if act.static and spec.bits != 8:
+        return f"its static activations go with weights of 8 bits, not {spec.bits}"
     if spec.bits == 8 and spec.group_size != PER_CHANNEL:
         return f"its W8A8 has one scale per output, not groups of {spec.group_size}"
     return None
@@ -210,11 +229,15 @@ def _packed(w: QTensor) -> Tensor:
 
 
 def _type(spec: QuantSpec) -> str:
-    return f"W{spec.bits}A16" if spec.act is None else f"W{spec.bits}A8_DYNAMIC"
+    if spec.act is None:
+        return f"W{spec.bits}A16"
+    return "W8A8" if spec.act.static else f"W{spec.bits}A8_DYNAMIC"
 
 
 def _written(spec: QuantSpec) -> tuple[str, ...]:
-    """The tensors that `encode` writes for a spec."""
+    """The tensors that `encode` and `calibrated` write for a spec."""
+    if _type(spec) == "W8A8":
+        return (*PARTS[:3], *PARTS[6:])
     if _type(spec) != "W4A8_DYNAMIC":
         return PARTS[:3]
     return PARTS[:6] if spec.group_size != PER_CHANNEL else (*PARTS[:3], "scale_bias")

@@ -16,7 +16,7 @@ from transload.checkpoint import open as open_checkpoint
 from transload.errors import FormatError
 from transload.formats.plain import Plain
 from transload.headers import TensorInfo
-from transload.porting.calibrated import left_out_notes
+from transload.porting.calibrated import calibrated_tensors, left_out_notes
 from transload.porting.container import Container
 from transload.porting.fingerprint import fingerprint, stored_fingerprint
 from transload.porting.moving import Value, encoded, experts_of, moved, packed_values, together, values
@@ -56,6 +56,7 @@ class Job:
                 new, apart = moved(value, output)
                 self._differences.setdefault(output.name, []).append(apart)
                 tensors = encoded(new, output, self.plan.format)
+                tensors |= calibrated_tensors(new, output, self.plan, self.source)
                 behind.submit(partial(self._store, writer, tensors, expert, partial(budget.release, cost)))
                 self._done += share
                 del value, new, tensors  # not kept while the next module is made

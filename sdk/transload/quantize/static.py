@@ -82,7 +82,8 @@ class StaticInputs:
                 scale = static_scale(seen.rows, float(seen.absmax.max()))
             except ValueError as e:
                 raise ConfigError(f"{self._label}: {', '.join(self._names[held])}: {e}") from e
-            found[seen] = torch.tensor([scale])
+            # Ascend's engine loads the scale in the model's dtype, and multiplies with one of float32 afterwards.
+            found[seen] = torch.tensor([scale]).bfloat16().float()
         return found[seen].clone()
 
 

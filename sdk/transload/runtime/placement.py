@@ -62,8 +62,8 @@ def place(w: QTensor, to: Target) -> Placed:
     """The kernel for one weight, or NoKernel with the refusals of the request itself.
 
     Order of preference: the requested activations in the model's dtype; the same in float32 (a cast that loses
-    nothing); for int8 activations one scale per token where scales per weight group are refused; last, float
-    activations.
+    nothing); for int8 activations one scale per token where scales per weight group, or static ones, are refused; last,
+    float activations.
     """
     wanted = _activations(w, to.scheme)
     requested = w.with_act(wanted[0]).spec.scheme
@@ -84,7 +84,8 @@ def place(w: QTensor, to: Target) -> Placed:
 def _activations(w: QTensor, scheme: str | None) -> list[ActSpec | None]:
     """Activation specs in order of preference; the first is the request."""
     if scheme is None:
-        return [w.spec.act] if w.spec.act is None else [w.spec.act, None]
+        nearest = [ActSpec()] if w.spec.act is not None and w.spec.act.static else []
+        return [w.spec.act] if w.spec.act is None else [w.spec.act, *nearest, None]
     if scheme == "w4a16":
         return [None]
     per_token = ActSpec()

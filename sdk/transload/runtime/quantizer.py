@@ -25,7 +25,8 @@ from transload.runtime.standins import unfilled
 from transload.runtime.stored import StoredWeights
 from transload.runtime.targets import Targets
 
-_STORED_NAMES = r"\.(codes|scales|zeros|mins|g_idx|shape)$"  # the neutral format's, read by Checkpoint instead
+# The neutral format's, read by Checkpoint instead; and scales of static activations, which are found anew here.
+_STORED_NAMES = r"\.(codes|scales|zeros|mins|g_idx|shape|input_scale|input_zero_point)$"
 
 
 @register_quantizer(METHOD)
