@@ -27,7 +27,7 @@ from transload.writer import Writer
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 _CONTAINERS: dict[str, type[Container]] = {"safetensors": Folder, "gguf": GgufFile, "onnx": OnnxFolder}
-_FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ACTIVATIONS: dict[str, tuple[ActSpec | None] | None] = {"keep": None, "int8": (ActSpec(),), "16bit": (None,)}
 
 
@@ -66,8 +66,8 @@ def port(
         report = transload.port("model.gguf", "model-ct", to="compressed-tensors")
     """
     began = time.monotonic()
-    if floats not in _FLOATS:
-        raise ConfigError(f"floats '{floats}': give one of {', '.join(_FLOATS)}")
+    if floats not in FLOATS:
+        raise ConfigError(f"floats '{floats}': give one of {', '.join(FLOATS)}")
     if activations not in _ACTIVATIONS:
         raise ConfigError(f"activations '{activations}': give one of {', '.join(_ACTIVATIONS)}")
     schemes = parse_schemes(requantize)
@@ -75,7 +75,7 @@ def port(
         raise ConfigError("requantize_all without requantize: give the scheme, for example requantize='int4-g128'")
     targets = find_targets(to, arch)
     source = open_checkpoint(src, layout)
-    options = Options(None, requantize_all, _FLOATS[floats], _ACTIVATIONS[activations])
+    options = Options(None, requantize_all, FLOATS[floats], _ACTIVATIONS[activations])
     plan = plan_first(source, targets, options, schemes)
     container = _CONTAINERS[plan.format.container](source, plan, Path(dst))
     if plan.refusals:

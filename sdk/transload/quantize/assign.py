@@ -67,9 +67,26 @@ def assign(recipe: Recipe, checkpoint: Checkpoint, layers: int) -> Assignment:
             )
     if not out.modules:
         raise ConfigError(f"recipe '{recipe.name}' quantizes no module of {checkpoint.path}")
+    out.notes += _rounded_again(checkpoint, out)
     if behind:
         out.notes.append(f"{behind} linears behind the last decoder layer (multi-token prediction) keep their numbers")
     return out
+
+
+def _rounded_again(checkpoint: Checkpoint, made: Assignment) -> Iterator[str]:
+    """Modules whose source is quantized, by its schemes: their losses add up."""
+    schemes: dict[str, int] = {}
+    for entry in checkpoint.entries.values():
+        if entry.spec is not None:
+            count = sum(name in made.modules for name, _, _ in pieces_of(entry, checkpoint))
+            schemes[str(entry.spec)] = schemes.get(str(entry.spec), 0) + count
+    found = {scheme: count for scheme, count in schemes.items() if count}
+    if found:
+        which = ", ".join(f"{scheme} x {count}" for scheme, count in found.items())
+        yield (
+            f"{sum(found.values())} modules are quantized in the source ({which}) and were rounded once more from its "
+            "numbers: what both roundings lose adds up, and a comparison with this source shows the second alone"
+        )
 
 
 def linears(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, int]]]:

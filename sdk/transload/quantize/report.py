@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from transload.porting import PortReport
@@ -42,6 +42,14 @@ class QuantizeReport:
             f"{len(self.modules)} modules quantized in {self.seconds:.0f} s, {len(self.fallbacks)} with a note; worst "
             f"weight {worst.name}: {worst.weight_sqnr:.1f} dB; {self.port.bytes_after} bytes"
         )
+
+
+def left_notes(left: Mapping[str, str], floats: str) -> Iterator[str]:
+    """What became of quantized modules that the recipe leaves and the target does not take, by reason."""
+    for reason in dict.fromkeys(left.values()):
+        names = [name for name, why in left.items() if why == reason]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{names[0]}{more}, quantized in the source and left by the recipe, became {floats}: {reason}"
 
 
 def median(values: Sequence[float]) -> float:

@@ -18,19 +18,20 @@ from transload.checkpoint import Checkpoint
 from transload.checkpoint import open as open_checkpoint
 from transload.errors import ConfigError, FormatError
 from transload.porting import port
+from transload.porting.run import FLOATS
 from transload.quant import QTensor
 from transload.quantize.assign import Assignment, assign, layer_count, layer_of
 from transload.quantize.held import Filled
 from transload.quantize.hidden import Hidden
 from transload.quantize.layerwise import SAME, Forward, LayerJob, LayerResult, Made, sqnr
 from transload.quantize.recipe import Recipe, read_recipe
-from transload.quantize.report import QuantizeReport
+from transload.quantize.report import QuantizeReport, left_notes
 from transload.quantize.rotate import Rotation
 from transload.quantize.rtn import quantize_mse
 from transload.quantize.skeleton import Skeleton, forward
 from transload.quantize.stage import Stage
 from transload.quantize.static import INPUT_SCALE, StaticInputs
-from transload.quantize.targets import check_target
+from transload.quantize.targets import check_target, left_in_float
 from transload.quantize.text import windows
 from transload.reference import quantize_rtn
 from transload.runtime import tokenizer as tokenizer_of
@@ -68,13 +69,15 @@ def quantize(
         report = transload.quantize("Qwen3-8B", "Qwen3-8B-int4", "int4-g128", to="vllm")
     """
     began = time.monotonic()
+    if floats not in FLOATS:
+        raise ConfigError(f"floats '{floats}': give one of {', '.join(FLOATS)}")
     chosen = read_recipe(recipe)
     source = open_checkpoint(model, "native")
     target = named(Path(out))
     check_apart(target, source.path)
     check_free(target, overwrite)
     assignment = assign(chosen, source, layer_count(source.config))
-    check_target(source, assignment, to)
+    left = left_in_float(source, assignment, check_target(source, assignment, to))
     ids, text = None, "no text needed"
     if chosen.calibrated:
         ids, text = windows(calibration, chosen.calibration, tokenizer or tokenizer_of(source.path))
@@ -84,7 +87,8 @@ def quantize(
         "text": "" if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
     }
     stage = Stage(target, job, resume, overwrite)
-    run = _Run(source, chosen, assignment, stage, ids, progress or (lambda done, total, what: None))
+    kept = dict.fromkeys(left, FLOATS[floats])
+    run = _Run(source, chosen, assignment, stage, ids, kept, progress or (lambda done, total, what: None))
     try:
         run.quantize()
         seconds = time.monotonic() - began
@@ -99,7 +103,12 @@ def quantize(
     stage.delete()
     written = replace(written, source=str(source.path), source_format=source.format.name)
     return QuantizeReport(
-        chosen.name, text, tuple(made), (*source.notes(), *assignment.notes, *notes), written, seconds
+        chosen.name,
+        text,
+        tuple(made),
+        (*source.notes(), *assignment.notes, *left_notes(left, floats), *notes),
+        written,
+        seconds,
     )
 
 
@@ -113,10 +122,11 @@ class _Run:
         assignment: Assignment,
         stage: Stage,
         ids: Tensor | None,
+        as_floats: Mapping[str, torch.dtype],
         progress: Progress,
     ) -> None:
         self.source, self.recipe, self.assignment, self.stage = source, recipe, assignment, stage
-        self.ids, self._progress = ids, progress
+        self.ids, self._as_floats, self._progress = ids, as_floats, progress
         self._by_layer: dict[int, list[str]] = {}
         self._outside: list[str] = []
         for name in source.entries:
@@ -138,12 +148,13 @@ class _Run:
             self._save("outside", [], self._rounded(self._outside))
         replaced = {name.removesuffix(".weight") for name in changed}  # heads and embeddings that are quantized too
         left = [name for name in self._outside if not self._taken(name) and name not in replaced]
-        self.stage.save_rest(self.source, [*left, *(n for n in changed if n not in self.source.entries)], changed)
+        names = [*left, *(n for n in changed if n not in self.source.entries)]
+        self.stage.save_rest(self.source, names, changed, self._as_floats)
         specs = {n: a.spec for n, a in self.assignment.modules.items()}
         kept = {
             n: e.spec
             for n, e in self.source.entries.items()
-            if e.spec is not None and not self._taken(n) and n not in replaced
+            if e.spec is not None and not self._taken(n) and n not in replaced and n not in self._as_floats
         }
         self.stage.finish(self.source, kept | specs, self._config)
 
@@ -233,6 +244,8 @@ class _Run:
             entry = self.source.entries[name]
             if entry.spec is None:
                 floats[name] = self.source.read(entry)
+            elif f"{name}.weight" not in floats and name in self._as_floats:
+                floats[f"{name}.weight"] = self.source.decode(entry).dequantize().to(self._as_floats[name])
             elif f"{name}.weight" not in floats:
                 modules[name] = self.source.decode(entry)
         self.stage.save(part, modules, floats, result.made, result.notes)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -70,9 +71,18 @@ class Stage:
         """The inputs of a layer: count, tokens, width."""
         return Hidden(self.folder / f"hidden-{layer:04d}.f32", *shape, create)
 
-    def save_rest(self, checkpoint: Checkpoint, names: Iterable[str], changed: Mapping[str, Tensor]) -> None:
-        """Copies entries as they are, in files of bounded size; `changed` comes instead of what is stored."""
-        for number, (modules, floats) in enumerate(_batches(checkpoint, names, changed)):
+    def save_rest(
+        self,
+        checkpoint: Checkpoint,
+        names: Iterable[str],
+        changed: Mapping[str, Tensor],
+        as_floats: Mapping[str, torch.dtype],
+    ) -> None:
+        """Copies entries, in files of bounded size; `changed` comes instead of what is stored.
+
+        as_floats: quantized entries that become floats, and of which dtype.
+        """
+        for number, (modules, floats) in enumerate(_batches(checkpoint, names, changed, as_floats)):
             self.save(f"rest-{number:04d}", modules, floats, (), ())
 
     def report(self) -> tuple[list[Made], list[str]]:
@@ -110,7 +120,10 @@ class Stage:
 
 
 def _batches(
-    checkpoint: Checkpoint, names: Iterable[str], changed: Mapping[str, Tensor]
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    changed: Mapping[str, Tensor],
+    as_floats: Mapping[str, torch.dtype],
 ) -> Iterator[tuple[dict[str, QTensor], dict[str, Tensor]]]:
     modules: dict[str, QTensor] = {}
     floats: dict[str, Tensor] = {}
@@ -123,6 +136,9 @@ def _batches(
         elif entry.spec is None:
             floats[name] = checkpoint.read(entry)
             size += floats[name].nbytes
+        elif name in as_floats:
+            floats[f"{name}.weight"] = checkpoint.decode(entry).dequantize().to(as_floats[name])
+            size += floats[f"{name}.weight"].nbytes
         else:
             modules[name] = checkpoint.decode(entry)
             size += modules[name].codes.nbytes

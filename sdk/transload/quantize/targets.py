@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transload.checkpoint import Checkpoint
 from transload.errors import CannotHold
+from transload.models.roles import kept_in_float
+from transload.porting.plan import pieces_of
 from transload.porting.target import Target, find_targets
 from transload.quant import QuantSpec
 from transload.quantize.assign import Assignment
@@ -12,16 +14,35 @@ from transload.rewrite import exact_forms
 _DTYPES = "scales, not"  # what formats.limits says of a scale's dtype
 
 
-def check_target(source: Checkpoint, assignment: Assignment, to: str) -> None:
-    """Raises CannotHold, listing kinds of modules, when no form of a scheme is taken by any target of the name.
+def check_target(source: Checkpoint, assignment: Assignment, to: str) -> Target:
+    """The first target of the name that takes some form of every scheme.
 
-    An engine that loads several formats is answered for by the one that refuses fewest kinds.
+    Raises CannotHold, listing kinds of modules, where there is none. An engine that loads several formats is answered
+    for by the one that refuses fewest kinds.
     """
-    found = [_refusals(target, assignment) for target in find_targets(to)]
-    fewest = min(found, key=len)
+    found = [(target, _refusals(target, assignment)) for target in find_targets(to)]
+    target, fewest = min(found, key=lambda one: len(one[1]))
     if fewest:
         lines = "; ".join(f"{reason} ({name} and the like)" for reason, name in fewest.items())
         raise CannotHold(f"'{to}' does not take what the recipe makes of {source.path}: {lines}")
+    return target
+
+
+def left_in_float(source: Checkpoint, assignment: Assignment, target: Target) -> dict[str, str]:
+    """Entries that are quantized in the source, that the recipe leaves, and that the target does not take as they are.
+
+    They are written as floats. Returns the reason by entry. Heads and embeddings are not among them: a port decides.
+    """
+    out: dict[str, str] = {}
+    for entry in source.entries.values():
+        if entry.spec is None or kept_in_float(entry.name) == "embedding":
+            continue
+        name, shape, _ = next(pieces_of(entry, source))
+        if name not in assignment.modules and len(shape) == 2:
+            reason = _refusal(target, name, entry.spec, (shape[0], shape[1]))
+            if reason is not None:
+                out[entry.name] = reason
+    return out
 
 
 def _refusals(target: Target, assignment: Assignment) -> dict[str, str]:
