@@ -26,6 +26,8 @@ _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"),
 )
 _FLAGS = {
+    "decoder_avx2.cpp": _AVX2,
+    "decoder_avx512.cpp": _AVX512,
     "kernel_avx2.cpp": _AVX2,
     "kernel_avx_vnni.cpp": (*_AVX2, "-mavxvnni"),
     "kernel_avx512.cpp": _AVX512,
@@ -35,6 +37,8 @@ _FLAGS = {
 }
 _MACHINES = {
     "x86_64": (
+        "decoder_avx2.cpp",
+        "decoder_avx512.cpp",
         "kernel_avx2.cpp",
         "kernel_avx_vnni.cpp",
         "kernel_avx512.cpp",

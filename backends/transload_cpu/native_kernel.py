@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from transload.errors import ConfigError
-from transload.hal import Device, Kernel, Packed, Problem
+from transload.hal import Decoder, DecoderStep, Device, Kernel, Packed, Problem
 from transload.quant import PER_CHANNEL, QTensor, QuantSpec
-from transload_cpu import native_layout, native_library
+from transload_cpu import native_decoder, native_layout, native_library
 from transload_cpu.native_ops import multiply, native_multiply
 
 
@@ -54,6 +54,10 @@ class NativeKernel(Kernel):
         if bias is not None and bias.shape != (w.n,):
             raise ConfigError(f"kernel '{self.name}': bias has shape {tuple(bias.shape)}, expected ({w.n},)")
         return self._multiply(x, w, bias, None)
+    def decoder(self, d: Decoder) -> DecoderStep | str:
+        """The decoder as one native call per token, where all weights are this library's or floats."""
+        return native_decoder.decoder(d, self.isa)
+
 
     def grouped_matmul(self, x: Tensor, w: Packed, counts: Tensor, bias: Tensor | None = None) -> Tensor:
         """Rows sorted by expert, counts int64 [E] rows each: [M, N] in x's dtype, all experts in one call."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -63,6 +63,74 @@ class Product(ctypes.Structure):
     )
 
 
+class Linear(ctypes.Structure):
+    """tl_linear: a part of a decoder's linear layer."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("weight_bytes", c_int64),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("bias", c_void_p),
+        ("act_group", c_int64),
+        ("act_bits", c_int32),
+        ("float_dtype", c_int32),
+    )
+
+
+class DecoderLayer(ctypes.Structure):
+    """tl_decoder_layer: norms, and how many parts each linear layer has."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("after_attention", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("after_mlp", c_void_p),
+        ("qkv", c_int32),
+        ("out", c_int32),
+        ("gate_up", c_int32),
+        ("down", c_int32),
+    )
+
+
+class DecoderShape(ctypes.Structure):
+    """tl_decoder_shape: sizes and constants of a decoder."""
+
+    _fields_ = (
+        ("layers", c_int64),
+        ("hidden", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("rotary", c_int64),
+        ("intermediate", c_int64),
+        ("eps", c_float),
+        ("scaling", c_float),
+        ("interleaved", c_int32),
+        ("isa", c_int32),
+        ("norm", c_void_p),
+    )
+
+
+class DecoderToken(ctypes.Structure):
+    """tl_decoder_token: one call of a decoder's step."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("capacity", c_int64),
+        ("length", c_int64),
+        ("y", c_void_p),
+        ("cache_dtype", c_int32),
+        ("threads", c_int32),
+    )
+
+
 _SIGNATURES = {
     "tl_packed_bytes": (POINTER(Geometry), POINTER(c_int64)),
     "tl_pack": (POINTER(Geometry), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
@@ -71,6 +139,8 @@ _SIGNATURES = {
     "tl_rows": (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
     "tl_dequantize": (c_void_p, c_int64, c_int32, c_void_p, c_int32),
     "tl_matmul": (POINTER(Product),),
+    "tl_decoder_new": (POINTER(DecoderShape), c_void_p, c_void_p, c_int64, POINTER(c_void_p)),
+    "tl_decoder_step": (c_void_p, POINTER(DecoderToken)),
     "tl_layout_version": (),
 }
 
@@ -93,6 +163,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, c_int32
     library.tl_supported.argtypes, library.tl_supported.restype = (), c_uint32
+    library.tl_decoder_free.argtypes, library.tl_decoder_free.restype = (c_void_p,), None
     found = library.tl_layout_version()
     if found != LAYOUT_VERSION:
         raise BackendError(f"the native kernels have layout {found}, expected {LAYOUT_VERSION}; '{ENABLE}' renews them")

@@ -72,6 +72,71 @@ class Packed:
         return sum(t.nbytes for t in self.tensors.values())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderLinear:
+    """A linear layer of a decoder: weights whose outputs follow each other, and their bias [N] or None.
+
+    A part is packed, or a float tensor [N, K]; its own bias comes with it.
+    """
+
+    parts: tuple[tuple[Packed | Tensor, Tensor | None], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderLayer:
+    """x += after(out(attention(qkv(norm(x))))), then x += after(down(silu(gate(norm(x))) * up(norm(x)))).
+
+    qkv: outputs of the queries, then keys, then values. gate_up: the gate's outputs before the up's. Norms are weights
+    of root-mean-square norms, of a whole vector or, for q and k, of one head; None where the model has none.
+    """
+
+    attention_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    after_attention: Tensor | None
+    mlp_norm: Tensor
+    after_mlp: Tensor | None
+    qkv: DecoderLinear
+    out: DecoderLinear
+    gate_up: DecoderLinear
+    down: DecoderLinear
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoder:
+    """The layers of a dense decoder with grouped-query attention and rotary positions, and the norm behind them.
+
+    rotary: leading values of a head that are turned, in pairs (i, i + rotary / 2), or neighbours when interleaved.
+    """
+
+    layers: tuple[DecoderLayer, ...]
+    norm: Tensor
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: int
+    interleaved: bool
+    intermediate: int
+    eps: float
+    scaling: float
+
+
+class DecoderStep(ABC):
+    """One token of one sequence through all layers of a decoder, in one call."""
+
+    @abstractmethod
+    def bind(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> object:
+        """The cache of a sequence as `run` takes it: a tensor [kv_heads, capacity, head_dim] for every layer."""
+
+    @abstractmethod
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, cache: object, length: int) -> Tensor:
+        """The hidden state [hidden] behind the last norm. x [hidden]; cos, sin [rotary / 2] of its position; float32.
+
+        length: tokens that the cache holds; the key and value of this token are written behind them.
+        """
+
+
 class Kernel(ABC):
     """One way to multiply with quantized weights."""
 
@@ -119,6 +184,10 @@ class Kernel(ABC):
         """The scheme that really runs (W4A16, W4A8). Override where it differs from the request."""
         return p.spec.scheme
 
+
+    def decoder(self, d: Decoder) -> DecoderStep | str:
+        """A way to run a whole decoder token by token that beats module after module, or why there is none."""
+        return f"kernel '{self.name}' multiplies one weight at a time"
 
 @dataclass(frozen=True, slots=True)
 class Serving:

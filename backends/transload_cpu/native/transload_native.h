@@ -104,6 +104,48 @@ typedef struct {
 
 TL_API int32_t tl_matmul(const tl_product *product);
 
+// One linear layer of a decoder, or a part of one: outputs of several parts follow each other.
+typedef struct {
+  const void *weight;    // a packed weight, or floats [n, k] where they were left as they are
+  int64_t weight_bytes;  // of a packed weight
+  int64_t n, k;
+  const float *bias;     // [n] or null
+  int64_t act_group;     // as in tl_product
+  int32_t act_bits;      // as in tl_product; 0 for floats
+  int32_t float_dtype;   // of floats: TL_FLOAT32 or TL_BFLOAT16
+} tl_linear;
+
+// One layer: x += after(out(attention(qkv(norm(x))))); x += after(down(silu(gate(norm(x))) * up(norm(x)))).
+// Norms are root-mean-square norms with weights [hidden] ([head_dim] for q and k), null where there is none.
+typedef struct {
+  const float *attention_norm, *q_norm, *k_norm, *after_attention, *mlp_norm, *after_mlp;
+  int32_t qkv, out, gate_up, down; // parts of each linear layer, in this order in the decoder's linears
+} tl_decoder_layer;
+
+typedef struct {
+  int64_t layers, hidden, heads, kv_heads, head_dim, rotary, intermediate;
+  float eps, scaling;       // of all norms; of scores
+  int32_t interleaved, isa; // rotary pairs are neighbours; tl_isa
+  const float *norm;        // after the last layer [hidden]
+} tl_decoder_shape;
+
+// Prepares decoding. Weights, biases and norms stay the caller's and must outlive the decoder.
+TL_API int32_t tl_decoder_new(const tl_decoder_shape *shape, const tl_decoder_layer *layers, const tl_linear *linears,
+                              int64_t linear_count, void **decoder);
+TL_API void tl_decoder_free(void *decoder);
+
+typedef struct {
+  const float *x;                // [hidden], the token's embedding
+  const float *cos, *sin;        // [rotary / 2], of the token's position
+  void *const *keys, *const *values; // per layer [kv_heads][capacity][head_dim] of cache_dtype; the token is added
+  int64_t capacity, length;      // tokens that fit, tokens that are there, below capacity
+  float *y;                      // [hidden], normed
+  int32_t cache_dtype, threads;  // TL_FLOAT32 or TL_BFLOAT16
+} tl_decoder_token;
+
+// One token through all layers.
+TL_API int32_t tl_decoder_step(const void *decoder, const tl_decoder_token *token);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,8 @@
+// AVX2 with FMA.
+#include "decoder_vectors.h"
+
+namespace transload {
+
+const DecoderMath avx2_math = TRANSLOAD_DECODER_MATH;
+
+}  // namespace transload

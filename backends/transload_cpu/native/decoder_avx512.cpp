@@ -1,0 +1,8 @@
+// AVX512.
+#include "decoder_vectors.h"
+
+namespace transload {
+
+const DecoderMath avx512_math = TRANSLOAD_DECODER_MATH;
+
+}  // namespace transload

@@ -1,0 +1,162 @@
+// Linear layers for one token: the activations are quantized once for all weights that take them alike, and the panels
+// of all weights of a layer are shared among threads together.
+#include <algorithm>
+
+#include "decoder.h"
+#include "parallel.h"
+
+namespace transload {
+namespace {
+
+constexpr int64_t kItemBytes = 16 << 10;    // less is not worth handing out
+constexpr int64_t kMostItems = 64;          // of one layer
+constexpr int64_t kSerialBytes = 48 << 10;  // weights below this are not worth waking a second thread
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t panels_of(const Part &p) { return (p.linear.n + kPanel - 1) / kPanel; }
+
+// A token's codes lie in one tile, its sides behind them: scale, sum, moment, and for every part where sums start.
+int64_t tile_room(const Part &p) { return p.isa == nullptr ? 0 : aligned(tile_bytes(p.plan)) + 4 * aligned(tile_sides(p.plan) * 4); }
+
+bool quantized_alike(const Part &a, const Part &b) {
+  if (a.isa == nullptr || b.isa != a.isa || a.layout.geometry.act_order || b.layout.geometry.act_order) return false;
+  const Plan &p = a.plan, &q = b.plan;
+  return a.layout.kp == b.layout.kp && p.segment == q.segment && p.segments == q.segments && p.act_group == q.act_group &&
+         p.split == q.split && p.rows == q.rows && p.chunk == q.chunk &&
+         a.layout.geometry.midpoint == b.layout.geometry.midpoint &&
+         (a.layout.geometry.zero == TL_ZERO_MIDPOINT) == (b.layout.geometry.zero == TL_ZERO_MIDPOINT);
+}
+
+tl_status prepare_part(const tl_linear &linear, int32_t isa, Part *p) {
+  p->linear = linear;
+  if (linear.weight == nullptr || linear.n < 1 || linear.k < 1) return TL_BAD_ARGUMENT;
+  if (linear.act_bits == 0) {
+    p->isa = nullptr;
+    return linear.float_dtype == TL_FLOAT32 || linear.float_dtype == TL_BFLOAT16 ? TL_OK : TL_BAD_ARGUMENT;
+  }
+  const tl_status status = read_header(linear.weight, linear.weight_bytes, &p->layout);
+  if (status != TL_OK) return status;
+  const tl_geometry &g = p->layout.geometry;
+  if (g.n != linear.n || g.k != linear.k || g.experts != 1) return TL_BAD_ARGUMENT;
+  if (linear.act_bits != 8 && linear.act_bits != 16) return TL_BAD_ARGUMENT;
+  if (!plan_of(p->layout, linear.act_bits, linear.act_group, &p->plan)) return TL_BAD_ARGUMENT;
+  const int rows = p->plan.split ? 2 : 1;
+  p->isa = find_isa(isa, p->plan, rows);
+  if (p->isa == nullptr) return TL_UNSUPPORTED_CPU;
+  const int step = std::max(p->isa->row_step, rows);
+  p->plan.rows = (rows + step - 1) / step * step;
+  p->plan.chunk = p->isa->chunk;
+  p->plan.value_bytes = 1;
+  return TL_OK;
+}
+
+struct Call {
+  const DecoderMath *math;
+  const Linear *linear;
+  const float *x;
+  float *y;
+  Tile *tiles;  // of every part
+};
+
+// Tiles of all parts; those that share codes share the tile.
+void quantize(const Call &c, uint8_t *scratch) {
+  const Linear &l = *c.linear;
+  for (size_t i = 0; i < l.parts.size(); i++) {
+    const Part &p = *l.parts[i];
+    if (p.isa == nullptr) continue;
+    if (p.same_codes) {
+      c.tiles[i] = c.tiles[i - 1];
+      continue;
+    }
+    const int64_t codes = aligned(tile_bytes(p.plan)), sides = aligned(tile_sides(p.plan) * 4), kp = p.layout.kp;
+    const auto side = [&](int at) { return scratch + codes + at * sides; };
+    c.tiles[i] = {reinterpret_cast<int8_t *>(scratch), reinterpret_cast<float *>(side(0)),
+                  reinterpret_cast<int32_t *>(side(1)), reinterpret_cast<int32_t *>(side(2)),
+                  reinterpret_cast<float *>(side(3))};
+    scratch += tile_room(p);
+    auto *floats = reinterpret_cast<float *>(scratch);
+    auto *bytes = reinterpret_cast<int8_t *>(floats + kp);
+    const auto *order = reinterpret_cast<const int32_t *>(static_cast<const uint8_t *>(p.linear.weight) + p.layout.order_at);
+    p.isa->read_row(c.x, TL_FLOAT32, p.linear.k, kp, p.layout.geometry.act_order ? order : nullptr, floats);
+    p.isa->quantize_row(p.plan, floats, 0, bytes, c.tiles[i]);
+  }
+}
+
+void multiply_panels(const Call &c, size_t part, int64_t first, int64_t last, float *y) {
+  const Part &p = *c.linear->parts[part];
+  const int64_t n = p.linear.n;
+  if (p.isa == nullptr) {
+    c.math->float_rows(p.linear.weight, p.linear.float_dtype, p.linear.k, first * kPanel, std::min(last * kPanel, n), c.x, y);
+  } else {
+    const int rows = p.plan.split ? 2 : 1;
+    const TileRun run{c.tiles[part], &rows, 1};
+    alignas(64) float out[kPanel];
+    for (int64_t panel = first; panel < last; panel++) {
+      p.isa->multiply(p.plan, panel_at(p.layout, p.linear.weight, 0, panel), run, out);
+      std::copy_n(out, std::min<int64_t>(kPanel, n - panel * kPanel), y + panel * kPanel);
+    }
+  }
+  if (p.linear.bias == nullptr) return;
+  const int64_t end = std::min(last * kPanel, n);
+  for (int64_t i = first * kPanel; i < end; i++) y[i] += p.linear.bias[i];
+}
+
+// Panels of the layer are counted through all parts; an item is a run of them.
+void multiply_item(const Call &c, int64_t item) {
+  const Linear &l = *c.linear;
+  int64_t first = item * l.item_panels, last = first + l.item_panels;
+  float *y = c.y;
+  for (size_t i = 0; i < l.parts.size() && last > 0; i++) {
+    const int64_t panels = panels_of(*l.parts[i]);
+    if (first < panels) multiply_panels(c, i, std::max<int64_t>(first, 0), std::min(last, panels), y);
+    first -= panels;
+    last -= panels;
+    y += l.parts[i]->linear.n;
+  }
+}
+
+}  // namespace
+
+tl_status prepare(const tl_linear *parts, int count, int64_t n, int64_t k, int32_t isa, Linear *out) {
+  int64_t outputs = 0, panels = 0;
+  out->bytes = 0;
+  for (int i = 0; i < count; i++) {
+    auto p = std::make_unique<Part>();
+    const tl_status status = prepare_part(parts[i], isa, p.get());
+    if (status != TL_OK) return status;
+    if (parts[i].k != k || parts[i].n > n - outputs) return TL_BAD_ARGUMENT;
+    p->plan.weight = &p->layout;
+    p->same_codes = i > 0 && quantized_alike(*out->parts.back(), *p);
+    outputs += parts[i].n;
+    panels += panels_of(*p);
+    out->bytes += p->isa == nullptr ? parts[i].n * k * dtype_bytes(parts[i].float_dtype) : p->layout.total;
+    out->parts.push_back(std::move(p));
+  }
+  if (outputs != n || count < 1) return TL_BAD_ARGUMENT;
+  out->n = n;
+  out->k = k;
+  const int64_t items = std::clamp<int64_t>(out->bytes / kItemBytes, 1, kMostItems);
+  out->item_panels = (panels + items - 1) / items;
+  out->items = (panels + out->item_panels - 1) / out->item_panels;
+  return TL_OK;
+}
+
+int64_t scratch_bytes(const Linear &linear) {
+  int64_t bytes = aligned(static_cast<int64_t>(linear.parts.size() * sizeof(Tile)));
+  int64_t row = 0;
+  for (const auto &p : linear.parts) {
+    if (p->isa == nullptr) continue;
+    bytes += p->same_codes ? 0 : tile_room(*p);
+    row = std::max(row, aligned(p->layout.kp * 6));
+  }
+  return bytes + row;
+}
+
+void multiply(const DecoderMath &math, const Linear &linear, const float *x, uint8_t *scratch, int threads, float *y) {
+  const Call call{&math, &linear, x, y, reinterpret_cast<Tile *>(scratch)};
+  quantize(call, scratch + aligned(static_cast<int64_t>(linear.parts.size() * sizeof(Tile))));
+  parallel(linear.bytes < kSerialBytes ? 1 : threads, linear.items, [&](int64_t item, int) { multiply_item(call, item); });
+}
+
+}  // namespace transload

@@ -1,0 +1,163 @@
+"""A transformers decoder as hal.Decoder: which of its modules are what, and why a model cannot be described."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from transload.errors import Unsupported
+from transload.hal import Decoder, DecoderLayer, DecoderLinear, Kernel, Packed
+from transload.runtime.linear import QuantLinear
+from transload.runtime.weight import PackedWeight, SplitWeight
+
+DTYPES = (torch.float32, torch.bfloat16)  # of activations
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What differs between decoders: neighbours turned as pairs, and the norms behind attention and MLP."""
+
+    interleaved: bool = False
+    after_attention: str | None = None
+    after_mlp: str | None = None
+
+
+# transformers' model class -> what is special about it. All are dense, with root-mean-square norms and SiLU gates.
+FAMILIES = {
+    "LlamaModel": Family(),
+    "MistralModel": Family(),
+    "Qwen2Model": Family(),
+    "Qwen3Model": Family(),
+    "Phi3Model": Family(),
+    "GlmModel": Family(interleaved=True),
+    "Glm4Model": Family(True, "post_self_attn_layernorm", "post_mlp_layernorm"),
+}
+
+
+def describe(model: PreTrainedModel) -> tuple[Decoder, Kernel]:
+    """The decoder and the kernel that multiplies its weights. Raises Unsupported with the reason, a sentence."""
+    family = FAMILIES.get(type(model).__name__)
+    if family is None or not type(model).__module__.startswith("transformers.models."):
+        raise Unsupported(f"{type(model).__name__} is not a family that decodes natively")
+    config = model.config
+    if config.hidden_act not in ("silu", "swish"):
+        raise Unsupported(f"its activation is {config.hidden_act}")
+    if getattr(config, "sliding_window", None) is not None and _slides(config):
+        raise Unsupported(f"layers see {config.sliding_window} tokens only (sliding window)")
+    attention = model.layers[0].self_attn
+    head_dim, heads, kv_heads = attention.head_dim, config.num_attention_heads, config.num_key_value_heads
+    layers = tuple(_layer(layer, family, f"layers.{i}") for i, layer in enumerate(model.layers))
+    decoder = Decoder(
+        layers=layers[: config.num_hidden_layers],
+        norm=_norm(model.norm, config.rms_norm_eps, "norm"),
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary=2 * model.rotary_emb.inv_freq.numel(),
+        interleaved=family.interleaved,
+        intermediate=config.intermediate_size,
+        eps=config.rms_norm_eps,
+        scaling=attention.scaling,
+    )
+    if decoder.norm.dtype not in DTYPES:
+        raise Unsupported(f"activations are {decoder.norm.dtype}")
+    return decoder, _kernel(model)
+
+
+def same(a: Decoder, b: Decoder) -> bool:
+    """Whether two descriptions are of the same tensors."""
+    return all(x is y for x, y in zip(_tensors(a), _tensors(b), strict=False))
+
+
+def _tensors(d: Decoder) -> Iterator[object]:
+    yield d.norm
+    for layer in d.layers:
+        yield from (layer.attention_norm, layer.q_norm, layer.k_norm, layer.after_attention)
+        yield from (layer.mlp_norm, layer.after_mlp)
+        for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            for weight, bias in linear.parts:
+                yield from (weight.tensors["packed"] if isinstance(weight, Packed) else weight, bias)
+
+
+def _slides(config: object) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or any(kind != "full_attention" for kind in kinds)
+
+
+def _kernel(model: Any) -> Kernel:
+    for module in model.layers.modules():
+        if isinstance(module, PackedWeight):
+            return module.kernel
+    raise Unsupported("its layers are not quantized")
+
+
+def _layer(layer: Any, family: Family, name: str) -> DecoderLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    for module, inside in ((layer, name), (attention, f"{name}.self_attn"), (mlp, f"{name}.mlp")):
+        _without_hooks(module, inside)
+    eps = layer.input_layernorm.variance_epsilon
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    after = [None if n is None else getattr(layer, n) for n in (family.after_attention, family.after_mlp)]
+    norms = (layer.input_layernorm, q_norm, k_norm, after[0], layer.post_attention_layernorm, after[1])
+    weights = [None if m is None else _norm(m, eps, f"a norm of {name}") for m in norms]
+    first, second = weights[0], weights[4]
+    assert first is not None  # the model class has these two
+    assert second is not None
+    return DecoderLayer(
+        first, weights[1], weights[2], weights[3], second, weights[5],
+        qkv=_linear(attention, name, ("qkv_proj",), ("q_proj", "k_proj", "v_proj")),
+        out=_linear(attention, name, ("o_proj",)),
+        gate_up=_linear(mlp, name, ("gate_up_proj",), ("gate_proj", "up_proj")),
+        down=_linear(mlp, name, ("down_proj",)),
+    )  # fmt: skip
+
+
+def _norm(module: Any, eps: float, name: str) -> Tensor:
+    _without_hooks(module, name)
+    if not type(module).__name__.endswith("RMSNorm") or getattr(module, "variance_epsilon", None) != eps:
+        raise Unsupported(f"{name} is {module}, expected a root-mean-square norm with eps {eps}")
+    weight: Tensor = module.weight
+    return weight
+
+
+def _linear(parent: nn.Module, name: str, *choices: tuple[str, ...]) -> DecoderLinear:
+    """The first choice of members that the parent has, as one linear layer."""
+    for members in choices:
+        if all(hasattr(parent, member) for member in members):
+            parts = [part for m in members for part in _parts(getattr(parent, m), f"{name}.{m}")]
+            return DecoderLinear(tuple(parts))
+    raise Unsupported(f"{name} has no {choices[0][0]}")
+
+
+def _parts(module: nn.Module, name: str) -> Iterator[tuple[Packed | Tensor, Tensor | None]]:
+    _without_hooks(module, name)
+    if type(module) is nn.Linear:
+        yield module.weight, module.bias
+    elif type(module) is QuantLinear and module.packed is not None:
+        weight = module.packed
+        start = 0
+        for part in weight.packed_parts() if isinstance(weight, SplitWeight) else [weight]:
+            if part.lent:
+                raise Unsupported(f"{name} comes and goes with the plan that spreads the model")
+            packed = part.packed
+            yield packed, None if module.bias is None else _rows(module.bias, start, packed.n)
+            start += packed.n
+    else:
+        raise Unsupported(f"{name} is a {type(module).__name__}")
+
+
+def _rows(bias: Tensor, start: int, count: int) -> Tensor:
+    return bias if count == len(bias) else bias[start : start + count]
+
+
+def _without_hooks(module: nn.Module, name: str) -> None:
+    """Transformers' own hooks for output_hidden_states stay forever and do nothing unless those are asked for."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks):
+        raise Unsupported(f"{name} has hooks, which one call for all layers would not reach")

@@ -1,0 +1,250 @@
+"""A transformers decoder in which a single token takes one call of the device's own step instead of its layers.
+
+Prompts, batches and everything else that the step does not do go through transformers' layers, which share weights and
+cache with it. So every option of transformers works, and the ordinary case is fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from transload.errors import Unsupported
+from transload.hal import Decoder, DecoderStep
+from transload.runtime.decoding.angles import Angles
+from transload.runtime.decoding.cache import GrowingLayer, even, make_growing
+from transload.runtime.decoding.describe import DTYPES, describe, same
+
+_HARMLESS = ("return_dict", "is_causal")  # keywords whose True asks for nothing that the step does not do
+
+
+class Sequence:
+    """The cache of one sequence, as the step last saw it."""
+
+    def __init__(self, cache: DynamicCache, step: DecoderStep) -> None:
+        self.step = step
+        self.layers = cast(list[GrowingLayer], list(cache.layers))
+        self.rooms = [(layer.key_room.buffer, layer.value_room.buffer) for layer in self.layers]
+        keys, values = ([pair[i][0] for pair in self.rooms] for i in (0, 1))  # type: ignore[index]
+        self.bound = step.bind(keys, values)
+        self.capacity = keys[0].shape[1]
+
+    def fits(self, cache: DynamicCache, step: DecoderStep, length: int) -> bool:
+        """Whether nothing was replaced since, all layers hold `length` tokens, and one more has room."""
+        if self.step is not step or length >= self.capacity or len(cache.layers) != len(self.layers):
+            return False
+        for layer, (keys, values) in zip(self.layers, self.rooms, strict=True):
+            if layer.key_room.buffer is not keys or layer.value_room.buffer is not values:
+                return False
+            if layer.key_room.length != length or layer.value_room.length != length:
+                return False
+        return all(a is b for a, b in zip(cache.layers, self.layers, strict=True))
+
+    def grown(self) -> None:
+        """Counts the token that the step has added."""
+        for layer in self.layers:
+            layer.key_room.length += 1
+            layer.value_room.length += 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prepared:
+    """The step of a model, and what it was made from."""
+
+    step: DecoderStep
+    decoder: Decoder
+    angles: Angles
+    kernel: str
+
+
+class StepwiseModel(nn.Module):
+    """Stands in for a decoder (LlamaModel, ...) and has its children under their names.
+
+    reason: None while single tokens take the step, or why they do not.
+    """
+
+    reason: str | None
+    _prepared: _Prepared | None
+    _sequences: WeakKeyDictionary[DynamicCache, Sequence]
+    _changed: bool
+
+    def __init__(self, inner: PreTrainedModel) -> None:
+        """Raises Unsupported, with the reason, for a model without such a step."""
+        super().__init__()
+        if (
+            next(inner.parameters(recurse=False), None) is not None
+            or next(inner.buffers(recurse=False), None) is not None
+        ):
+            raise Unsupported(f"{type(inner).__name__} has parameters of its own")
+        self.__dict__["inner"] = inner  # not a submodule: the children are ours
+        for name, child in inner.named_children():
+            self._modules[name] = child
+        self.training = inner.training
+        self._clear()
+        self.prepare()
+        if self.reason is not None:
+            raise Unsupported(self.reason)
+
+    def prepare(self) -> None:
+        """Makes the step anew where the model's tensors are other ones than before; sets `reason`."""
+        self._changed = False
+        try:
+            described, kernel = describe(self.inner)
+            if self._prepared is not None and same(described, self._prepared.decoder):
+                return
+            step = kernel.decoder(described)
+            if isinstance(step, str):
+                raise Unsupported(step)
+        except Unsupported as e:
+            self._clear()
+            self.reason = str(e)
+            return
+        self._prepared = _Prepared(step, described, Angles(self.inner.rotary_emb), kernel.name)
+        self.reason = None
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that multiplies the weights."""
+        return "none" if self._prepared is None else self._prepared.kernel
+
+    def _clear(self) -> None:
+        self._prepared = None
+        self._sequences = WeakKeyDictionary()
+        self._changed = False
+        self.reason = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model that this stands in for."""
+        if use_cache is None:
+            use_cache = self.inner.config.use_cache
+        if past_key_values is None and use_cache and not self.training:
+            past_key_values = DynamicCache(config=self.inner.config)
+        token = input_ids if inputs_embeds is None else inputs_embeds
+        if token is not None and token.shape[:2] == (1, 1) and use_cache and _asks_nothing(kwargs, self.inner.config):
+            state = self._one_token(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+            if state is not None:
+                return BaseModelOutputWithPast(last_hidden_state=state, past_key_values=past_key_values)
+        elif not torch.compiler.is_compiling():
+            self.prepare()
+            if self._prepared is not None and type(past_key_values) is DynamicCache:
+                make_growing(past_key_values, len(self.inner.layers))
+        return self.inner(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _one_token(
+        self,
+        input_ids: Tensor | None,
+        embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any,
+    ) -> Tensor | None:
+        """The hidden state [1, 1, hidden] of one token of one sequence; None where transformers' layers must do it."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if self._changed:
+            self.prepare()
+        prepared = self._prepared
+        if prepared is None or type(cache) is not DynamicCache:
+            return None
+        length = cache.get_seq_length()
+        if attention_mask is not None and not _sees_all(attention_mask, length + 1):
+            return None
+        sequence = self._sequence(cache, prepared, length)
+        if sequence is None:
+            return None
+        position = length if position_ids is None else int(position_ids)
+        x = self.embed_tokens(input_ids) if embeds is None else embeds
+        cos, sin = prepared.angles.at(position)
+        state = prepared.step.run(x.detach().to(torch.float32).reshape(-1), cos, sin, sequence.bound, length)
+        sequence.grown()
+        return state.to(x.dtype).reshape(1, 1, -1)
+
+    def _sequence(self, cache: DynamicCache, prepared: _Prepared, length: int) -> Sequence | None:
+        """The sequence of a cache with room for one more token; None for a cache that is not one sequence."""
+        known = self._sequences.get(cache)
+        if known is not None and known.fits(cache, prepared.step, length):
+            return known
+        d = prepared.decoder
+        if not make_growing(cache, len(d.layers)):
+            return None
+        empty = torch.empty(1, d.kv_heads, 0, d.head_dim, dtype=self.inner.dtype)
+        for layer in cache.layers:
+            if not layer.is_initialized:
+                layer.lazy_initialization(empty, empty)
+        rooms = [room for layer in cache.layers for room in (layer.key_room, layer.value_room)]
+        if any(room.length != length or room.reserve(1).shape[0] != 1 for room in rooms):
+            return None
+        even(rooms)
+        if rooms[0].reserve(1).dtype not in DTYPES:
+            return None
+        self._sequences[cache] = Sequence(cache, prepared.step)
+        return self._sequences[cache]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> StepwiseModel:
+        self._changed = True
+        return cast(StepwiseModel, super()._apply(*args, **kwargs))  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        """What this has not itself is the inner model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["inner"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Children and settings belong to both."""
+        if "inner" in self.__dict__ and (
+            name == "training" or hasattr(type(self.inner), name) or name in self._modules
+        ):
+            setattr(self.inner, name, value)
+            self.__dict__["_changed"] = True
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what points into memory: a copy makes its own when it is used."""
+        own = ("_prepared", "_sequences")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, not yet prepared."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._clear()
+        self._changed = True
+
+
+def _asks_nothing(kwargs: Mapping[str, Any], config: Any) -> bool:
+    """Whether the keywords and the configuration ask for a hidden state and a cache only."""
+    if any(value is not None and value is not False and name not in _HARMLESS for name, value in kwargs.items()):
+        return False
+    if kwargs.get("return_dict") is False or kwargs.get("is_causal") is False:
+        return False
+    return not (getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False))
+
+
+def _sees_all(mask: Any, tokens: int) -> bool:
+    """Whether a mask [1, tokens] hides nothing."""
+    return isinstance(mask, Tensor) and mask.shape == (1, tokens) and bool(mask.all())
