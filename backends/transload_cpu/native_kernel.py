@@ -23,6 +23,7 @@ class NativeKernel(Kernel):
 
     isa: ClassVar[int]
     requires: ClassVar[str]  # the processor's feature, in words
+    layout: ClassVar[str | None] = f"native-{native_library.LAYOUT_VERSION}"
 
     def refuses(self, p: Problem, device: Device) -> str | None:
         """None for integer codes in groups of a multiple of 8, with activation groups that nest with them."""
@@ -44,6 +45,10 @@ class NativeKernel(Kernel):
     def unpack(self, p: Packed) -> QTensor:
         """The exact inverse of `pack`."""
         return native_layout.unpack(p)
+
+    def verify(self, p: Packed) -> None:
+        """Raises FormatError when the block's own header contradicts p."""
+        native_layout.verify(p)
 
     def rows(self, p: Packed, index: Tensor) -> QTensor:
         """Output rows `index` (int64 [R]) of a packed linear."""

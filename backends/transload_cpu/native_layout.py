@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from transload.errors import ConfigError, Unsupported
+from transload.errors import ConfigError, FormatError, Unsupported
 from transload.hal import Packed
 from transload.quant import PER_CHANNEL, Grid, QTensor, QuantSpec, Zero
 from transload_cpu.native_library import DTYPES, Geometry, check, load
@@ -31,15 +31,14 @@ def pack(kernel: str, w: QTensor) -> Packed:
     reason = refuses_weight(w.n, w.k, w.spec)
     if reason:
         raise Unsupported(f"kernel '{kernel}' cannot pack {w.spec}: {reason}")
-    geometry, size = _geometry(w), ctypes.c_int64()
-    check(load().tl_packed_bytes(geometry, size), "pack")
-    packed = torch.empty(size.value, dtype=torch.uint8)
+    geometry = _geometry(w.spec, w.n, w.k, w.experts)
+    packed = torch.empty(_bytes(geometry), dtype=torch.uint8)
     order = _order(kernel, w)
     codes = w.codes if order is None else w.codes[..., order.to(w.codes.device)]
     sides = (codes, w.scales, w.zeros if w.mins is None else w.mins, order)
     sources = [None if t is None else t.cpu().contiguous() for t in sides]
     pointers = [None if t is None else t.data_ptr() for t in sources]
-    check(load().tl_pack(geometry, *pointers, packed.data_ptr(), size.value, torch.get_num_threads()), "pack")
+    check(load().tl_pack(geometry, *pointers, packed.data_ptr(), len(packed), torch.get_num_threads()), "pack")
     return Packed(kernel, w.spec, w.n, w.k, {"packed": packed}, w.experts)
 
 
@@ -49,6 +48,25 @@ def unpack(p: Packed) -> QTensor:
     packed = p.tensors["packed"]
     check(load().tl_unpack(packed.data_ptr(), packed.numel(), *parts.pointers(), torch.get_num_threads()), "unpack")
     return parts.weight(p)
+
+
+def verify(p: Packed) -> None:
+    """Raises FormatError when a block from a file is not one that `pack` makes for p's scheme and sizes.
+
+    Kernels take sizes and places from the block itself, so a foreign one must not be believed.
+    """
+    where, packed = f"kernel '{p.kernel}' [N={p.n}, K={p.k}]", p.tensors.get("packed")
+    if packed is None or len(p.tensors) > 1 or packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise FormatError(f"{where}: a packed weight is one row of bytes")
+    found, expected = Geometry(), _geometry(p.spec, p.n, p.k, p.experts)
+    if load().tl_describe(packed.data_ptr(), packed.numel(), found):
+        raise FormatError(f"{where}: the packed weight is truncated, damaged, or of another version")
+    if bytes(found) != bytes(expected) or packed.numel() != _bytes(expected):
+        raise FormatError(f"{where}: the packed weight is another one, not {p.spec}")
+    if p.spec.act_order:
+        section = packed[-(-(-4 * p.k // 64) * 64) :]  # the last one, in whole lines of 64 bytes
+        if not torch.equal(section[: 4 * p.k].view(torch.int32).sort().values, torch.arange(p.k, dtype=torch.int32)):
+            raise FormatError(f"{where}: the packed weight's order of inputs is none")
 
 
 def rows(p: Packed, index: Tensor) -> QTensor:
@@ -105,19 +123,24 @@ class _Parts:
         return QTensor(p.spec, codes, self.scales, self.zeros if mins is None else None, mins, g_idx)
 
 
-def _geometry(w: QTensor) -> Geometry:
-    spec = w.spec
+def _geometry(spec: QuantSpec, n: int, k: int, experts: int | None) -> Geometry:
     return Geometry(
-        n=w.n,
-        k=w.k,
+        n=n,
+        k=k,
         group_size=spec.group_size,
-        experts=1 if w.experts is None else w.experts,
+        experts=1 if experts is None else experts,
         bits=4 if spec.bits <= 4 else 8,
         zero=_ZEROS[spec.zero],
         midpoint=spec.midpoint if spec.zero is Zero.MIDPOINT else 0,
         scale_dtype=DTYPES[spec.scale_dtype],
         act_order=int(spec.act_order),
     )
+
+
+def _bytes(geometry: Geometry) -> int:
+    size = ctypes.c_int64()
+    check(load().tl_packed_bytes(geometry, size), "pack")
+    return size.value
 
 
 def _order(kernel: str, w: QTensor) -> Tensor | None:

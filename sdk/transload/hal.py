@@ -142,6 +142,11 @@ class Kernel(ABC):
 
     name: ClassVar[str]
 
+    # Names the layout of `pack` and its version where it depends on nothing but the weight (activations and device leave
+    # it as it is) and `place` keeps it in host memory: such tensors may be written to a file and mapped by a later
+    # process, also for another kernel of the same layout. None: packed anew by every process.
+    layout: ClassVar[str | None] = None
+
     @abstractmethod
     def refuses(self, p: Problem, device: Device) -> str | None:
         """None when the kernel computes `p` on `device` exactly as requested; otherwise the reason, a sentence."""
@@ -153,6 +158,13 @@ class Kernel(ABC):
     @abstractmethod
     def unpack(self, p: Packed) -> QTensor:
         """The exact inverse of `pack`."""
+
+    def verify(self, p: Packed) -> None:
+        """Raises FormatError when tensors from a file cannot be what `pack` makes for p's scheme and sizes.
+
+        Overridden by every kernel with a `layout`; reading such tensors afterwards must be safe whatever they hold.
+        """
+        raise Unsupported(f"kernel '{self.name}' takes no packed weights from files")
 
     def place(self, p: Packed, device: torch.device) -> Packed:
         """`p` where `matmul` reads it. Override where a device keeps weights in a form that only it can make."""

@@ -36,6 +36,12 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
+    packed_cache: Annotated[
+        bool, typer.Option("--packed-cache", help="Keep packed weights beside the model: the next start maps them.")
+    ] = False,
+    packed_cache_at: Annotated[
+        Path | None, typer.Option(help="The same in another folder, or in a file that ends in .packed.")
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the answer, tokens, speeds and the report as JSON.")
     ] = False,
@@ -45,7 +51,10 @@ def run(
     from transload.runtime import generate, load, report
 
     with byte_progress("loading", quiet=json) as update:
-        model = load(path, device, scheme, bits=bits, progress=lambda done, total: update(done, total, ""))
+        kept = packed_cache_at or packed_cache
+        model = load(
+            path, device, scheme, bits=bits, progress=lambda done, total: update(done, total, ""), packed_cache=kept
+        )
     show = None if json else _write
     answer = generate(model, asked, max_new_tokens, temperature=temperature, seed=seed, stream=show, chat=not raw)
     if json:

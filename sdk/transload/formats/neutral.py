@@ -99,7 +99,7 @@ class Neutral(Format):
         for module, spec in specs.items():
             groups.setdefault(spec, []).append(module)
         ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-        schemes = [_to_json(spec) | ({"modules": names} if i else {}) for i, (spec, names) in enumerate(ordered)]
+        schemes = [scheme_to_json(spec) | ({"modules": names} if i else {}) for i, (spec, names) in enumerate(ordered)]
         quantization: Json = {"quant_method": self.name, "needs": NEEDS, "version": VERSION, "schemes": schemes}
         return {"config.json": {"quantization_config": quantization}}
 
@@ -154,7 +154,7 @@ def _specs(source: Source, modules: list[str]) -> dict[str, QuantSpec]:
     named: dict[str, QuantSpec] = {}
     rest: QuantSpec | None = None
     for scheme in schemes:
-        spec, names = _from_json(where, scheme)
+        spec, names = scheme_from_json(where, scheme)
         if names is None and rest is not None:
             raise FormatError(f"{where}: two schemes name no modules")
         rest = spec if names is None else rest
@@ -169,7 +169,8 @@ def _specs(source: Source, modules: list[str]) -> dict[str, QuantSpec]:
     return {module: named.get(module, rest) or named[module] for module in modules}
 
 
-def _to_json(spec: QuantSpec) -> Json:
+def scheme_to_json(spec: QuantSpec) -> Json:
+    """A spec as plain data, drawn at the top of this file."""
     value: Json = {
         "bits": spec.bits,
         "group_size": spec.group_size,
@@ -184,7 +185,7 @@ def _to_json(spec: QuantSpec) -> Json:
     return value
 
 
-def _from_json(where: str, scheme: object) -> tuple[QuantSpec, list[str] | None]:
+def scheme_from_json(where: str, scheme: object) -> tuple[QuantSpec, list[str] | None]:
     """A spec and the modules that it names; None stands for all others. Raises FormatError for anything unknown."""
     if not isinstance(scheme, dict):
         raise FormatError(f"{where}: a scheme is {shown(scheme)}, expected an object")

@@ -8,7 +8,7 @@ request's fields then only say how the stored weights are to be run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -20,7 +20,11 @@ from transload.quant import PER_CHANNEL, SCALE_DTYPES, QuantSpec, Zero
 from transload.runtime.placement import SCHEMES
 from transload.runtime.spread import Spread
 
+if TYPE_CHECKING:
+    from transload.runtime.packed_cache import PackedCache
+
 Progress = Callable[[int, int], None]  # bytes of the checkpoint that are in place, of how many
+Reading = tuple[Checkpoint | None, Progress | None, "PackedCache | None"]
 
 METHOD = "transload"
 _SMALLER_GROUPS = (128, 64, 32, 16)
@@ -73,7 +77,7 @@ class TransloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.device, self.quantize_head, self.scale_dtype = device, quantize_head, scale_dtype
         self.skip_modules = [*(skip_modules or ()), *(modules_to_not_convert or ())]
         self.version, self.schemes = version, schemes
-        self._reading: tuple[Checkpoint | None, Progress | None] = (None, None)
+        self._reading: Reading = (None, None, None)
         self._spread: Spread | None = None
         self._spec(group_size)  # raises ConfigError for impossible bits and groups
 
@@ -92,13 +96,15 @@ class TransloadConfig(QuantizationConfigMixin):  # type: ignore[misc]
         zero = Zero.MIDPOINT if self.symmetric else Zero.CODES
         return QuantSpec(self.bits, group_size, zero=zero, scale_dtype=_DTYPES[self.scale_dtype])
 
-    def reading(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
+    def reading(
+        self, checkpoint: Checkpoint, progress: Progress | None = None, cache: PackedCache | None = None
+    ) -> None:
         """Makes this the configuration for a checkpoint of any format, whose quantized modules keep their numbers."""
-        self._reading = (checkpoint, progress)
+        self._reading = (checkpoint, progress, cache)
 
-    def take_reading(self) -> tuple[Checkpoint | None, Progress | None]:
+    def take_reading(self) -> Reading:
         """What `reading` was given, once: it does not stay with a configuration that models keep and copy."""
-        taken, self._reading = self._reading, (None, None)
+        taken, self._reading = self._reading, (None, None, None)
         return taken
 
     def spreading(self, spread: Spread) -> None:

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from transload import bits
 from transload.errors import FormatError
 from transload.quant import QTensor
-from transload.runtime.gather import Weight
+from transload.runtime.gather import SplitRows, Weight
+from transload.runtime.kept import ROWS, KeptPart, KeptWeight
 from transload.runtime.placement import Target
 from transload.runtime.weight import AnyWeight
+
+_SIDES = ("codes", "scales", "zeros", "mins")
 
 
 class RowStore(nn.Module):
@@ -21,15 +24,37 @@ class RowStore(nn.Module):
     zeros: Tensor | None
     mins: Tensor | None
 
-    def __init__(self, w: QTensor, device: torch.device) -> None:
+    def __init__(self, w: QTensor | KeptPart, device: torch.device) -> None:
         super().__init__()
-        w = w.with_act(None)
-        self.spec, self.k = w.spec, w.k
-        parts = {"codes": bits.pack(w.codes, w.spec.bits), "scales": w.scales, "zeros": w.zeros, "mins": w.mins}
+        self.spec, self.k = w.spec.weights_only(), w.k
+        if isinstance(w, QTensor):
+            parts = {"codes": bits.pack(w.codes, w.spec.bits), "scales": w.scales, "zeros": w.zeros, "mins": w.mins}
+            self._g_idx = w.g_idx
+        else:
+            parts = {name: w.tensors.get(name) for name in _SIDES}
+            self._g_idx = None
         for name, tensor in parts.items():
             self.register_buffer(name, None if tensor is None else tensor.to(device))
-        self._g_idx = w.g_idx
         self._is_hf_initialized = True
+
+    @staticmethod
+    def check(part: KeptPart) -> None:
+        """Raises FormatError when the tensors are not those of such rows."""
+        blank = part.blank()
+        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+        wanted = {"codes": (torch.uint8, (part.n, bits.packed_len(part.k, part.spec.bits)))}
+        sides = {"scales": blank.scales, "zeros": blank.zeros, "mins": blank.mins}
+        wanted |= {name: (side.dtype, tuple(side.shape)) for name, side in sides.items() if side is not None}
+        found = {name: (t.dtype, tuple(t.shape)) for name, t in part.tensors.items()}
+        if part.layout != ROWS or part.experts is not None or part.spec.act_order or found != wanted:
+            raise FormatError(f"the rows are {found} in layout {part.layout}, expected {wanted} in {ROWS}")
+
+    def kept(self) -> KeptPart | None:
+        """The rows as they may be written to a file; None with act-order."""
+        tensors = {name: t for name in _SIDES if (t := getattr(self, name)) is not None}
+        if self._g_idx is not None:
+            return None
+        return KeptPart(self.spec, len(self.codes), self.k, None, ROWS, tensors)
 
     def rows(self, index: Tensor) -> QTensor:
         """The rows `index` (int64 [R]) as a quantized weight [R, K]."""
@@ -54,18 +79,24 @@ class QuantEmbedding(nn.Module):
         self.register_module("table", None)
         self.tied = False  # True: the numbers belong to another module, which saves them
 
-    def fill(self, member: str, w: Weight, to: Target) -> None:
+    def fill(self, member: str, w: Weight | KeptWeight, to: Target) -> None:
         """Stores the rows for lookup. Raises FormatError when the shape is not the model's."""
         if (w.n, w.k) != (self.num_embeddings, self.embedding_dim):
             raise FormatError(f"the embedding is {(w.n, w.k)}, expected {(self.num_embeddings, self.embedding_dim)}")
-        if not isinstance(w, QTensor):
+        rows = w.parts[0] if isinstance(w, KeptWeight) else w
+        if isinstance(rows, SplitRows):
             raise FormatError("the embedding's rows are of several schemes")
-        self.table = RowStore(w, to.torch_device)
+        self.table = RowStore(rows, to.torch_device)
 
     def forward(self, index: Tensor) -> Tensor:
         """index: int [...] -> [..., embedding_dim] in the model's dtype."""
         rows = self.table.rows(index.reshape(-1))  # type: ignore[union-attr]
         return rows.dequantize().to(self.dtype).reshape(*index.shape, self.embedding_dim)
+
+    def weight_of(self, member: str = "weight") -> AnyWeight | RowStore:
+        """The store of the rows, or the packed weight of a tied head."""
+        assert self.table is not None
+        return self.table
 
     def weight_shape(self, member: str = "weight") -> tuple[int, ...]:
         """(N, K)."""

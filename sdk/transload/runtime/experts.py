@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from transload.errors import FormatError
 from transload.runtime.gather import Weight
+from transload.runtime.kept import KeptWeight
 from transload.runtime.placement import Target
 from transload.runtime.weight import AnyWeight, PackedWeight, pack
 
@@ -68,7 +69,7 @@ class QuantExperts(nn.Module):
             setattr(module, name, None)
         return experts
 
-    def fill(self, member: str, w: Weight, to: Target) -> None:
+    def fill(self, member: str, w: Weight | KeptWeight, to: Target) -> None:
         """Packs one of the two projections. Raises NoKernel, FormatError for a wrong number of experts."""
         if w.experts != self.num_experts:
             raise FormatError(f"{member} has {w.experts} experts, expected {self.num_experts}")
@@ -78,7 +79,8 @@ class QuantExperts(nn.Module):
         else:
             self.down = pack(w, to)
 
-    def _projection(self, member: str) -> AnyWeight:
+    def weight_of(self, member: str) -> AnyWeight:
+        """The packed weight of one projection."""
         packed = self.gate_up if member == PROJECTIONS[0] else self.down
         assert packed is not None
         return packed
@@ -89,7 +91,7 @@ class QuantExperts(nn.Module):
 
     def qtensor(self, member: str) -> Weight:
         """The exact weight of one projection, for saving."""
-        return self._projection(member).qtensor()
+        return self.weight_of(member).qtensor()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index int64 [T, top_k], top_k_weights [T, top_k] -> [T, H].
@@ -121,7 +123,7 @@ class QuantExperts(nn.Module):
 
     def _products(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Both projections and the gate between them, in one step where the kernel fuses them."""
-        gate_up, down = self._projection(PROJECTIONS[0]), self._projection(PROJECTIONS[1])
+        gate_up, down = self.weight_of(PROJECTIONS[0]), self.weight_of(PROJECTIONS[1])
         if self._swiglu and isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
             x = rows.to(gate_up.x_dtype)
             same = gate_up.kernel is down.kernel

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from transload.errors import FormatError
 from transload.runtime.gather import Weight
+from transload.runtime.kept import KeptWeight
 from transload.runtime.placement import Target, target
 from transload.runtime.weight import AnyWeight, pack
 
@@ -48,11 +49,16 @@ class QuantLinear(nn.Module):
         layer.fill("weight", w, to)
         return layer
 
-    def fill(self, member: str, w: Weight, to: Target) -> None:
+    def fill(self, member: str, w: Weight | KeptWeight, to: Target) -> None:
         """Chooses a kernel for the weight and packs it. Raises NoKernel, FormatError for a shape that is not ours."""
         if (w.n, w.k) != (self.out_features, self.in_features) or w.experts:
             raise FormatError(f"the weight is {(w.n, w.k)}, expected {(self.out_features, self.in_features)}")
         self.packed = pack(w, to)
+
+    def weight_of(self, member: str = "weight") -> AnyWeight:
+        """The packed weight."""
+        assert self.packed is not None
+        return self.packed
 
     def weight_shape(self, member: str = "weight") -> tuple[int, ...]:
         """(N, K)."""

@@ -28,6 +28,7 @@ from transload.hal import Device, find_device
 from transload.models.classes import SAME_MODEL, not_in_transformers, without_quantization
 from transload.runtime.config import Progress, TransloadConfig
 from transload.runtime.floats import float_state
+from transload.runtime.packed_cache import PackedCache
 from transload.runtime.spread import Spread
 from transload.runtime.tokenizers import generation_settings
 
@@ -47,6 +48,7 @@ def load(
     progress: Progress | None = None,
     plan: Plan | Mapping[str, str | int] | str | None = None,
     offload_folder: str | Path | None = None,
+    packed_cache: bool | str | Path = False,
 ) -> PreTrainedModel:
     """A model from a GGUF file or a Hugging Face folder of any format that Transload reads, ready to generate.
 
@@ -60,6 +62,9 @@ def load(
     plan: spreads the model over this machine by whole layers: devices first, then RAM, then disk. A Plan, a device_map
     (module name -> 0, "npu:0", "cpu", "disk"), or "auto": planned here for what this machine has free. Layers in RAM
     are computed on the CPU. offload_folder: for what lies on disk; a temporary folder when None.
+    packed_cache: keeps the packed weights of a quantized checkpoint in a file, so that the next load maps them instead
+    of decoding and packing again, and processes share their memory. True: beside the checkpoint; a path: in that
+    folder, or that file (*.packed). The native kernels of the CPU have such weights; others pack as ever.
 
     Raises ConfigError for requests that contradict the checkpoint, FormatError for broken files or missing weights,
     DoesNotFit when a plan finds no place for a layer, NoBackend, NoKernel, Unsupported.
@@ -67,6 +72,8 @@ def load(
     checkpoint = checkpoints.open(path, "stored" if trust_remote_code else "native")
     quantized = any(entry.spec is not None for entry in checkpoint.entries.values())
     recipe = _recipe(checkpoint, quantized, scheme, bits, quantize)
+    if packed_cache and not quantized:
+        raise ConfigError(f"{checkpoint.path} is float: packed_cache keeps the packed weights of quantized checkpoints")
     spread = _spread(path, plan, device, recipe, quantized, offload_folder)
     if spread is not None:
         device = str(spread.first)
@@ -76,7 +83,7 @@ def load(
     if recipe is not None:
         recipe.device = f"{found.backend}:{found.index}"
         if quantized:
-            recipe.reading(checkpoint, progress)
+            recipe.reading(checkpoint, progress, PackedCache(packed_cache, checkpoint) if packed_cache else None)
         if spread is not None:
             recipe.spreading(spread)
     with _no_bars(), _named_gaps(checkpoint, spread), torch.no_grad():

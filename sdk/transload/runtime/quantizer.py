@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transload import checkpoint as checkpoints
 from transload.checkpoint import Checkpoint
 from transload.errors import ConfigError, FormatError, Unsupported
+from transload.runtime import decoding
 from transload.runtime.config import METHOD, TransloadConfig
 from transload.runtime.placement import target
 from transload.runtime.rtn import QuantizeOnLoad, RoundedWeights
@@ -38,7 +39,7 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: TransloadConfig, pre_quantized: bool = True, **unused: object) -> None:
         super().__init__(quantization_config, pre_quantized=pre_quantized)
-        self._checkpoint, self._progress = quantization_config.take_reading()
+        self._checkpoint, self._progress, self._cache = quantization_config.take_reading()
         self._spread = quantization_config.take_spread()
         self.pre_quantized = quantization_config.stored or self._checkpoint is not None
         self._device_map: Mapping[str, Any] | None = None
@@ -48,6 +49,7 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
         self.kept: dict[str, str] = {}
         self.notes: dict[str, str] = {}
         self.unused: list[str] = []
+        self.cache_outcome = ""
         self._conversions: list[WeightTransform] = []
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -101,11 +103,13 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
         """Brings the stored numbers in, and checks that every stand-in has its weight."""
         self._conversions = list(getattr(model, "_weight_conversions", None) or ())
         if self._stored is not None:
-            self._stored.fill(model, self._targets, self._progress)
+            self._stored.fill(model, self._targets, self._progress, self._cache)
+            self.cache_outcome = self._cache.outcome if self._cache is not None else ""
             self._conversions = self._stored.conversions
-            self._stored = self._checkpoint = self._progress = None
+            self._stored = self._checkpoint = self._progress = self._cache = None
         if missing := unfilled(model):
             raise FormatError(f"{model.name_or_path}: no weights for {missing[0]}, and {len(missing) - 1} more like it")
+        decoding.attach(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from transload.runtime.decoding import decoder_of
 from transload.runtime.embedding import QuantEmbedding, RowStore
 from transload.runtime.experts import QuantExperts
 from transload.runtime.linear import QuantLinear
@@ -39,12 +40,16 @@ class Report:
     """All quantized modules, the modules kept in float with the reason, and the bytes of all float tensors.
 
     unused: quantized modules of the checkpoint that the model has no place for (layers for speculative decoding, say).
+    packed_cache: what became of packed_cache, a sentence, where it was asked for.
+    decoder: what runs single tokens: a kernel with one call a token, or transformers' layers and why.
     """
 
     modules: tuple[ModuleReport, ...]
     kept: dict[str, str]
     float_bytes: int
     unused: tuple[str, ...] = ()
+    packed_cache: str = ""
+    decoder: str = ""
 
     @property
     def quantized_bytes(self) -> int:
@@ -60,6 +65,10 @@ class Report:
             differs = "" if requested == executed else f" (asked for {requested})"
             yield f"{count:5} x {kind}, {spec}: kernel {kernel}, runs {executed}{differs}"
         yield f"quantized {_mb(self.quantized_bytes)}, float {_mb(self.float_bytes)}"
+        if self.packed_cache:
+            yield self.packed_cache
+        if self.decoder:
+            yield f"decoder: {self.decoder}"
         for reason, count in Counter(self.kept.values()).most_common():
             yield f"{count:5} x kept in float: {reason}"
         if self.unused:
@@ -85,7 +94,10 @@ def report(model: nn.Module) -> Report:
             seen.add(id(packed))
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in inner}
     unused = tuple(getattr(quantizer, "unused", ()))
-    return Report(tuple(modules), dict(getattr(quantizer, "kept", {})), sum(tensors.values()), unused)
+    cache = getattr(quantizer, "cache_outcome", "")
+    return Report(
+        tuple(modules), dict(getattr(quantizer, "kept", {})), sum(tensors.values()), unused, cache, decoder_of(model)
+    )
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, PackedWeight | RowStore]]:

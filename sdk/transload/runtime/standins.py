@@ -10,6 +10,7 @@ from transload.errors import FormatError
 from transload.runtime.embedding import QuantEmbedding
 from transload.runtime.experts import PROJECTIONS, QuantExperts, experts_refusal, is_experts
 from transload.runtime.gather import Weight
+from transload.runtime.kept import KeptWeight
 from transload.runtime.linear import QuantLinear
 from transload.runtime.placement import Target
 
@@ -57,7 +58,7 @@ def stand_in(model: nn.Module, name: str, keep_meta: bool) -> Quantized:
     return new
 
 
-def fill(model: nn.Module, parameter: str, w: Weight, to: Target) -> None:
+def fill(model: nn.Module, parameter: str, w: Weight | KeptWeight, to: Target) -> None:
     """Packs a weight into the stand-in that holds `parameter`. Raises NoKernel, FormatError for a wrong shape."""
     name, _, member = parameter.rpartition(".")
     module = cast(Quantized, model.get_submodule(name))

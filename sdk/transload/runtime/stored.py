@@ -11,10 +11,15 @@ from transload.checkpoint import Checkpoint
 from transload.quant import QTensor
 from transload.runtime import standins
 from transload.runtime.config import Progress
-from transload.runtime.gather import assemble
+from transload.runtime.embedding import QuantEmbedding, RowStore
+from transload.runtime.gather import Weight, assemble
+from transload.runtime.kept import KeptWeight
+from transload.runtime.linear import QuantLinear
+from transload.runtime.packed_cache import PackedCache
 from transload.runtime.targets import Targets
 from transload.runtime.tied import fill_tied, take_ties
 from transload.runtime.trace import parameters_from, used
+from transload.runtime.weight import AnyWeight
 
 
 class StoredWeights:
@@ -49,14 +54,24 @@ class StoredWeights:
             else:
                 self.floats[name] = reason
 
-    def fill(self, model: PreTrainedModel, targets: Targets, progress: Progress | None = None) -> None:
-        """Decodes, packs and places every quantized parameter, one at a time."""
+    def fill(
+        self,
+        model: PreTrainedModel,
+        targets: Targets,
+        progress: Progress | None = None,
+        cache: PackedCache | None = None,
+    ) -> None:
+        """Decodes, packs and places every quantized parameter, one at a time; cache: unless it is packed already."""
         entries = self.checkpoint.entries
         done, total = 0, sum(entry.stored_bytes for entry in entries.values())
         for parameter, recipe in self.recipes.items():
-            w = assemble(parameter, recipe, self._decode)
             to, group = targets.of(standins.owner_of(parameter)), self._group(parameter)
+            w: Weight | KeptWeight | None = None
+            if cache is not None and parameter not in self.floats:
+                w = cache.weight(parameter, to, self._looked_up(model, group))
+            w = assemble(parameter, recipe, self._decode) if w is None else w
             if parameter in self.floats:
+                assert not isinstance(w, KeptWeight)
                 weight = w.dequantize().to(to.torch_device, targets.base.x_dtype)
                 _set_floats(model, group, nn.Parameter(weight, requires_grad=False))
             elif len(group) > 1:
@@ -67,8 +82,22 @@ class StoredWeights:
             if progress is not None:
                 done += sum(entries[name].stored_bytes for name in recipe.sources())
                 progress(done, total)
+        if cache is not None:
+            cache.finish({name: self._weight(model, name) for name in self.recipes if name not in self.floats})
         if progress is not None:
             progress(total, total)
+
+    def _looked_up(self, model: PreTrainedModel, group: tuple[str, ...]) -> bool:
+        """Whether parameters that share a weight belong to embeddings only."""
+        modules = (model.get_submodule(standins.owner_of(name)) for name in group)
+        return all(isinstance(module, QuantEmbedding) for module in modules)
+
+    def _weight(self, model: PreTrainedModel, parameter: str) -> AnyWeight | RowStore:
+        """What a parameter was packed into: its own module's, or for a tied one the head's."""
+        modules = [model.get_submodule(standins.owner_of(name)) for name in self._group(parameter)]
+        module = next((m for m in modules if isinstance(m, QuantLinear)), modules[0])
+        assert isinstance(module, standins.Quantized)
+        return module.weight_of(parameter.rpartition(".")[2])
 
     def _decode(self, name: str) -> QTensor:
         return self.checkpoint.decode(self.checkpoint.entries[name])

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transload.errors import Unsupported
-from transload.quant import QTensor
 from transload.runtime.embedding import QuantEmbedding, RowStore
-from transload.runtime.gather import Weight
+from transload.runtime.gather import SplitRows, Weight
+from transload.runtime.kept import KeptWeight
 from transload.runtime.linear import QuantLinear
 from transload.runtime.placement import Target
 from transload.runtime.standins import fill, owner_of
@@ -46,7 +46,7 @@ def _forget_tie(model: PreTrainedModel, target: str) -> None:
             module._tied_weights_keys = {key: source for key, source in keys.items() if key != local}
 
 
-def fill_tied(model: nn.Module, parameter: str, followers: tuple[str, ...], w: Weight, to: Target) -> None:
+def fill_tied(model: nn.Module, parameter: str, followers: tuple[str, ...], w: Weight | KeptWeight, to: Target) -> None:
     """Fills `parameter` and the stand-ins tied to it from one weight, packed once where the kernel can look up rows."""
     modules = [model.get_submodule(owner_of(name)) for name in (parameter, *followers)]
     heads = [m for m in modules if isinstance(m, QuantLinear)]
@@ -61,7 +61,7 @@ def fill_tied(model: nn.Module, parameter: str, followers: tuple[str, ...], w: W
         for other in embeddings:
             other.table = next(m.table for m in embeddings if m.table is not None)
         return
-    if not isinstance(w, QTensor):
+    if isinstance(w, SplitRows):
         raise Unsupported(f"{parameter}: rows of several schemes in an embedding that is tied to the output head")
     heads[0].fill("weight", w, to)
     packed = heads[0].packed
@@ -72,6 +72,8 @@ def fill_tied(model: nn.Module, parameter: str, followers: tuple[str, ...], w: W
         packed.rows(torch.zeros(1, dtype=torch.int64, device=to.torch_device))
         table: RowStore | None = None
     except Unsupported:
+        if isinstance(w, KeptWeight):
+            raise
         table = RowStore(w, to.torch_device)
     for embedding in embeddings:
         embedding.table = packed if table is None else table

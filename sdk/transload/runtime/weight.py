@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -13,6 +13,7 @@ from transload.errors import Unsupported
 from transload.hal import Packed, Problem
 from transload.quant import QTensor, QuantSpec
 from transload.runtime.gather import SplitRows, Weight
+from transload.runtime.kept import KeptWeight
 from transload.runtime.placement import Placed, Target, place
 
 _PREFIX = "w_"  # a kernel may call its tensors anything, also what a module has as an attribute
@@ -21,12 +22,15 @@ _PREFIX = "w_"  # a kernel may call its tensors anything, also what a module has
 class PackedWeight(nn.Module):
     """A weight in its kernel's layout. Several modules may hold the same one (tied embedding and head)."""
 
-    def __init__(self, placed: Placed, device: torch.device) -> None:
+    def __init__(self, placed: Placed, device: torch.device, kept: Mapping[str, Tensor] | None = None) -> None:
+        """kept: tensors that the placed weight, which has no numbers then, was packed into before."""
         super().__init__()
         self.kernel, self.x_dtype = placed.choice.kernel, placed.x_dtype
         self.requested, self.notes, self.passed_over = placed.requested, placed.notes, placed.choice.passed_over
         self.stored_act = placed.stored_act
-        self._packed = self.kernel.place(self.kernel.pack(placed.weight), device)
+        w = placed.weight
+        packed = self.kernel.pack(w) if kept is None else Packed(self.kernel.name, w.spec, w.n, w.k, kept, w.experts)
+        self._packed = self.kernel.place(packed, device)
         for name, tensor in self._packed.tensors.items():
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # tells transformers not to touch it
             self.register_buffer(_PREFIX + name, tensor)
@@ -137,8 +141,11 @@ class SplitWeight(nn.Module):
 AnyWeight = PackedWeight | SplitWeight
 
 
-def pack(w: Weight, to: Target) -> AnyWeight:
-    """Chooses a kernel for `w` on the target and packs it. Raises NoKernel."""
+def pack(w: Weight | KeptWeight, to: Target) -> AnyWeight:
+    """Chooses a kernel for `w` on the target and packs it, unless it comes packed. Raises NoKernel."""
+    if isinstance(w, KeptWeight):
+        kept = [PackedWeight(place(part.blank(), to), to.torch_device, part.tensors) for part in w.parts]
+        return kept[0] if len(kept) == 1 else SplitWeight(kept)
     if isinstance(w, SplitRows):
         return SplitWeight([PackedWeight(place(part, to), to.torch_device) for part in w.parts])
     return PackedWeight(place(w, to), to.torch_device)
