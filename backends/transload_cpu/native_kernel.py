@@ -54,15 +54,15 @@ class NativeKernel(Kernel):
         """Output rows `index` (int64 [R]) of a packed linear."""
         return native_layout.rows(p, index)
 
+    def decoder(self, d: Decoder) -> DecoderStep | str:
+        """The decoder as one native call per token, where all weights are this library's or floats."""
+        return native_decoder.decoder(d, self.isa)
+
     def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
         """x [M, K] times w.T plus bias [N]: [M, N] in x's dtype."""
         if bias is not None and bias.shape != (w.n,):
             raise ConfigError(f"kernel '{self.name}': bias has shape {tuple(bias.shape)}, expected ({w.n},)")
         return self._multiply(x, w, bias, None)
-    def decoder(self, d: Decoder) -> DecoderStep | str:
-        """The decoder as one native call per token, where all weights are this library's or floats."""
-        return native_decoder.decoder(d, self.isa)
-
 
     def grouped_matmul(self, x: Tensor, w: Packed, counts: Tensor, bias: Tensor | None = None) -> Tensor:
         """Rows sorted by expert, counts int64 [E] rows each: [M, N] in x's dtype, all experts in one call."""

@@ -185,6 +185,10 @@ class Kernel(ABC):
         """
         return None
 
+    def decoder(self, d: Decoder) -> DecoderStep | str:
+        """A way to run a whole decoder token by token that beats module after module, or why there is none."""
+        return f"kernel '{self.name}' multiplies one weight at a time"
+
     def rows(self, p: Packed, index: Tensor) -> QTensor:
         """Output rows `index` (int64 [R]) of a packed linear: the lookup of an embedding tied to the output head.
 
@@ -196,10 +200,6 @@ class Kernel(ABC):
         """The scheme that really runs (W4A16, W4A8). Override where it differs from the request."""
         return p.spec.scheme
 
-
-    def decoder(self, d: Decoder) -> DecoderStep | str:
-        """A way to run a whole decoder token by token that beats module after module, or why there is none."""
-        return f"kernel '{self.name}' multiplies one weight at a time"
 
 @dataclass(frozen=True, slots=True)
 class Serving:
