@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from transload.errors import Unsupported
 from transload.runtime.decoding.stepwise import StepwiseModel
+
+_SAID = "_transload_decoder"  # where a model keeps why it has no step
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -17,13 +20,13 @@ def attach(model: PreTrainedModel) -> None:
     try:
         model.set_submodule(name, StepwiseModel(inner))
     except Unsupported as e:
-        model.__dict__["_transload_decoder"] = f"transformers ({e})"
+        model.__dict__[_SAID] = f"transformers ({e})"
 
 
-def decoder_of(model: PreTrainedModel) -> str:
-    """What decodes single tokens: "native-vnni, one call a token" or "transformers (reason)"."""
-    inner = getattr(model, getattr(model, "base_model_prefix", ""), None)
+def decoder_of(model: nn.Module) -> str:
+    """What runs single tokens: "native-vnni, one call a token" or "transformers (reason)"; "" where nobody asked."""
+    inner = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     if isinstance(inner, StepwiseModel):
         return f"transformers ({inner.reason})" if inner.reason else f"{inner.kernel}, one call a token"
-    reason: str = model.__dict__.get("_transload_decoder", "transformers (not loaded by Transload)")
-    return reason
+    said: str = model.__dict__.get(_SAID, "")
+    return said

@@ -159,5 +159,5 @@ def _rows(bias: Tensor, start: int, count: int) -> Tensor:
 def _without_hooks(module: nn.Module, name: str) -> None:
     """Transformers' own hooks for output_hidden_states stay forever and do nothing unless those are asked for."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks):
+    if "forward" in vars(module) or any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks):
         raise Unsupported(f"{name} has hooks, which one call for all layers would not reach")
