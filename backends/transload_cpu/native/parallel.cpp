@@ -2,74 +2,24 @@
 // workers change it by compare-and-exchange only, so an offer is either withdrawn by its caller or taken by the worker.
 #include "parallel.h"
 
-#include <algorithm>
-#include <chrono>
-#include <mutex>
-#include <new>
-#include <system_error>
-#include <thread>
-
 #include <pthread.h>
 #include <signal.h>
 
-#if defined(__linux__)
-#include <climits>
-#include <linux/futex.h>
-#include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include <algorithm>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <thread>
+
+#include "processors.h"
 
 namespace transload {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr int kMostWorkers = 1023;
-constexpr std::chrono::microseconds kIdleSpin(50);  // a worker looks for the next call this long before it sleeps
-constexpr std::chrono::microseconds kWaitSpin(50);  // a participant waits this long for another before it sleeps
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("isb" ::: "memory");
-#endif
-}
-
-// Waiting that is bounded by time. The clock is read once in a while, since that may be a system call.
-class Spin {
- public:
-  explicit Spin(std::chrono::microseconds length) : length_(length) {}
-
-  // Pauses for a moment; false when the time is up.
-  bool more() {
-    if (length_.count() == 0) return false;
-    pause();
-    if (++pauses_ % 32 != 0) return true;
-    const auto now = std::chrono::steady_clock::now();
-    if (pauses_ == 32) end_ = now + length_;
-    return now < end_;
-  }
-
- private:
-  const std::chrono::microseconds length_;
-  std::chrono::steady_clock::time_point end_;
-  uint32_t pauses_ = 0;
-};
-
-#if defined(__linux__)
-long futex(std::atomic<uint32_t> &word, int operation, uint32_t value) {
-  return syscall(SYS_futex, reinterpret_cast<uint32_t *>(&word), operation | FUTEX_PRIVATE_FLAG, value, nullptr, nullptr,
-                 0);
-}
-
-int usable_cpus() {
-  cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
-                                                     : static_cast<int>(std::thread::hardware_concurrency());
-}
-#else
-int usable_cpus() { return static_cast<int>(std::thread::hardware_concurrency()); }
-#endif
+constexpr std::chrono::microseconds kBeforeWaking(10);  // about what waking costs both sides; shorter work is done alone
 
 enum Tag : uint32_t {
   kAwake,    // free and looking for work
@@ -89,8 +39,9 @@ uint32_t with(uint32_t state, Tag tag) { return (state & ~kTagMask) | tag; }
 struct alignas(128) Worker {
   Word state;
   Job *job = nullptr;
-  int number = 0;                 // in the job
-  std::chrono::microseconds spin{0};
+  int number = 0;                     // in the job
+  std::chrono::microseconds spin{0};  // how long to look for the next job before sleeping
+  Place place;
   std::thread thread;
 
   bool change(uint32_t from, uint32_t to) {
@@ -121,6 +72,12 @@ class Job {
     return true;
   }
 
+  // A worker's part. On the caller's own processor it can only be in the way, and moves or does nothing.
+  void help(Worker &w) noexcept {
+    if (cpu_ >= 0 && this_cpu() == cpu_ && !w.place.leave(cpu_)) return;
+    take_part(w.number);
+  }
+
   // Takes part as participant `number`; a worker's exception is kept for the caller.
   void take_part(int number) noexcept {
     Share share(*this, number);
@@ -140,12 +97,15 @@ class Job {
     w.job = this;
     w.number = seats_ + 1;
     seat_[seats_++] = {&w, with(state + kOneOffer, kOffered), asleep};
+    if (asleep) sleeper_[asleep_++] = &w;
   }
 
   int seats() const { return seats_; }
 
   // From here on the claimed workers may take part.
   void offer() {
+    cpu_ = this_cpu();
+    waking_from_ = Clock::now() + kBeforeWaking;
     for (int i = 0; i < seats_; i++) seat_[i].worker->state.value.store(seat_[i].offer, std::memory_order_release);
   }
 
@@ -163,19 +123,15 @@ class Job {
  private:
   // Every participant that has found work wakes another sleeper, so that waking many is nobody's burden.
   void wake_one() {
-    while (woken_.load(std::memory_order_relaxed) < seats_) {
-      const int i = woken_.fetch_add(1, std::memory_order_relaxed);
-      if (i >= seats_) return;
-      if (!seat_[i].asleep) continue;
-      seat_[i].worker->state.wake_all();
-      return;
-    }
+    if (asleep_ == 0 || woken_.load(std::memory_order_relaxed) >= asleep_ || Clock::now() < waking_from_) return;
+    const int i = woken_.fetch_add(1, std::memory_order_relaxed);
+    if (i < asleep_) sleeper_[i]->state.wake_all();
   }
 
   // A worker is busy with this job as long as its state has the number of our offer.
   void await(const Seat &s) {
     const uint32_t taken = with(s.offer, kTaken), awaited = with(s.offer, kAwaited);
-    Spin spin(kWaitSpin);
+    Spin spin(kSpin);
     do {
       if (s.worker->state.value.load(std::memory_order_acquire) != taken) return;
     } while (spin.more());
@@ -189,8 +145,11 @@ class Job {
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int> woken_{0};
   std::atomic<bool> failed_{false};
-  int seats_ = 0;
+  int cpu_ = -1;  // where the caller was when it offered
+  Clock::time_point waking_from_;
+  int seats_ = 0, asleep_ = 0;
   Seat seat_[kMostWorkers];
+  Worker *sleeper_[kMostWorkers];
 };
 
 namespace {
@@ -218,7 +177,7 @@ void work(Worker &w) {
     const uint32_t offer = await_offer(w);
     if (tag_of(offer) == kClosed) return;
     if (!w.change(offer, with(offer, kTaken))) continue;
-    w.job->take_part(w.number);
+    w.job->help(w);
     const uint32_t before = w.state.value.exchange(with(offer, kAwake), std::memory_order_acq_rel);
     if (tag_of(before) == kAwaited) w.state.wake_all();
   }
@@ -258,7 +217,7 @@ class Pool {
     while (!closed_ && count < wanted) {
       auto *w = new (std::nothrow) Worker;
       if (w == nullptr) break;
-      if (count + 1 < cpus) w->spin = kIdleSpin;  // with fewer processors than threads, looking only disturbs
+      if (count + 1 < cpus) w->spin = kSpin;  // with fewer processors than threads, looking only disturbs
       if (!start(*w)) {
         delete w;
         break;
@@ -276,7 +235,7 @@ class Pool {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
       w.thread = std::thread(work, std::ref(w));
-    } catch (const std::system_error &) {
+    } catch (const std::exception &) {
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return w.thread.joinable();
@@ -324,28 +283,13 @@ void share_items(int threads, int64_t items, void (*part)(const void *, Share &)
   if (job.failed()) throw std::bad_alloc();
 }
 
-#if defined(__linux__)
-void Word::sleep_while(uint32_t same) { futex(value, FUTEX_WAIT, same); }
-void Word::wake_all() { futex(value, FUTEX_WAKE, INT_MAX); }
-#else
-void Word::sleep_while(uint32_t same) {
-  std::unique_lock<std::mutex> lock(lock_);
-  if (value.load(std::memory_order_acquire) == same) changed_.wait(lock);
-}
-
-void Word::wake_all() {
-  const std::lock_guard<std::mutex> lock(lock_);
-  changed_.notify_all();
-}
-#endif
-
 void Stage::done() {
   if (left_.value.fetch_sub(1, std::memory_order_seq_cst) == 1 && waiting_.load(std::memory_order_seq_cst) > 0)
     left_.wake_all();
 }
 
 void Stage::wait() {
-  Spin spin(kWaitSpin);
+  Spin spin(kSpin);
   do {
     if (left_.value.load(std::memory_order_acquire) == 0) return;
   } while (spin.more());

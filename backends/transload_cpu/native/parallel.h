@@ -6,15 +6,14 @@
 // be scheduled for milliseconds; a call then takes as long as it takes on one thread, not as long as the worker sleeps.
 //
 // Several threads may call at once: each gets the workers that are free, possibly none. There are no threads before the
-// first call with more than one. A forked child starts without workers and gets its own.
+// first call with more than one. A forked child starts without workers and gets its own. Not to be included from files
+// that are compiled for one instruction set (see floats.h).
 #pragma once
 
 #include <atomic>
 #include <cstdint>
-#if !defined(__linux__)
-#include <condition_variable>
-#include <mutex>
-#endif
+
+#include "waiting.h"
 
 namespace transload {
 
@@ -52,21 +51,6 @@ void parallel(int threads, int64_t items, const Body &body) {
     for (int64_t item; s.next(&item);) body(item, s.worker);
   });
 }
-
-// A number that a thread can sleep on until another changes it and says so.
-class Word {
- public:
-  std::atomic<uint32_t> value{0};
-
-  void sleep_while(uint32_t same);  // may also return without a change
-  void wake_all();
-
-#if !defined(__linux__)
- private:
-  std::mutex lock_;
-  std::condition_variable changed_;
-#endif
-};
 
 // Steps that participants complete together before any of them goes on: each takes steps until none is left, then waits
 // for those that others have in hand. Whoever comes first does most; no one waits for someone who never came. A step
