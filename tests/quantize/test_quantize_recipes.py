@@ -10,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from transload.cli import app
-from transload.errors import ConfigError, Unsupported
+from transload.errors import ConfigError, TransloadError, Unsupported
 from transload.quantize import import_recipe, read_recipe, shipped
+from transload.quantize.imported import find_recipe, imported
 from transload.quantize.recipe import fitted
 from transload.requantize import parse_spec
 
@@ -109,9 +110,72 @@ def test_a_configuration_of_gptqmodel(tmp_path: Path) -> None:
     assert (found.damping, found.act_order) == (0.05, True)
 
 
+def test_static_activations_of_llm_compressor() -> None:
+    acts = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}, "input_activations": acts}
+    found = import_recipe({"s": {"QuantizationModifier": {"config_groups": {"group_0": group}}}})
+    assert (found.rules[0].scheme, found.rules[0].activations) == ("int8-channel-a8", "static")
+
+
+def test_groups_for_some_linears_come_before_those_for_all() -> None:
+    def group(targets: list[str], bits: int) -> dict[str, Any]:
+        return {"targets": targets, "weights": {"num_bits": bits, "strategy": "group", "group_size": 32}}
+
+    groups = {"group_0": group(["Linear"], 4), "group_1": group(["re:.*down_proj"], 8)}
+    found = import_recipe({"s": {"GPTQModifier": {"config_groups": groups}}})
+    assert [r.scheme for r in found.rules] == ["int8-g32", "int4-g32"]
+
+
+def test_what_a_file_says_besides_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "my recipe.yaml"
+    file.write_text("s: {m: {AWQModifier: {scheme: W4A16, mappings: [{smooth_layer: a}], block_size: 128}}}")
+    found = imported(file)
+    assert found.recipe.name == "my-recipe"
+    assert found.notes == ("AWQModifier.mappings: which linears share a scale is read from the model here",)
+    newer = imported({"bits": 4, "group_size": 64, "desc_act": False, "hypermode": 3, "meta": {}})
+    assert newer.notes == ("hypermode: nothing here has this setting",)
+
+
+def test_an_imported_recipe_is_a_file_of_our_own(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(COMPRESSOR)
+    asked = ["recipes", "--import", str(tmp_path / "recipe.yaml")]
+    out = CliRunner().invoke(app, asked)
+    assert out.exit_code == 0
+    assert out.stdout.startswith("# from a recipe of llm-compressor\n")
+    (tmp_path / "own.yaml").write_text(out.stdout)
+    assert read_recipe(tmp_path / "own.yaml") == find_recipe(tmp_path / "recipe.yaml").recipe
+    assert json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)["smooth"] == 0.7
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_a_shipped_recipe_can_be_shown_and_changed(name: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(CliRunner().invoke(app, ["recipes", name]).stdout)
+    assert read_recipe(tmp_path / "own.yaml") == shipped()[name]
+
+
+NO_RECIPES = [
+    ("a.json", "{", "cannot be read"),
+    ("a.json", "[1]", "a recipe is a mapping"),
+    ("a.json", '{"vocab_size": 3}', "neither a recipe of llm-compressor"),
+    ("a.json", '{"bits": [4]}', "a value of another kind"),
+    ("a.yaml", "s: {GPTQModifier: {config_groups: {g: 3}}}", "a value of another kind"),
+    ("a.yaml", "s: {GPTQModifier: {scheme: W4A16, dampening_frac: 7}}", "damping"),
+    ("a.yaml", "s: {GPTQModifier: {scheme: FP8}}", "scheme 'FP8'"),
+]
+
+
+@pytest.mark.parametrize(("file", "text", "message"), NO_RECIPES, ids=[t for _, t, _ in NO_RECIPES])
+def test_files_that_are_no_recipe_say_so(file: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(text)
+    with pytest.raises(TransloadError, match=rf"a\.(json|yaml): .*{message}"):
+        find_recipe(tmp_path / file)
+
+
 FOREIGN: list[tuple[dict[str, Any], str]] = [
     ({"bits": 4, "desc_act": True}, "g_idx"),
     ({"bits": 4, "quant_method": "hqq"}, "hqq"),
+    ({"bits": 4, "lm_head": True}, "head"),
+    ({"bits": 4, "v2": True}, "v2"),
     ({"s": {"GPTQModifier": {"scheme": "FP8"}}}, "FP8"),
     ({"s": {"GPTQModifier": {"scheme": "W4A16", "actorder": "group"}}}, "g_idx"),
     ({"s": {"SpinQuantModifier": {}}}, "SpinQuantModifier"),

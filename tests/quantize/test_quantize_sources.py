@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from quantized_models import recipe, run
+from quantized_models import recipe, run, text_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -126,3 +126,17 @@ def test_what_is_left_of_a_quantized_source_becomes_floats_where_the_target_does
     assert isinstance(got, Tensor)
     assert torch.equal(got, want.dequantize().bfloat16())
     assert any("and 6 more, quantized in the source and left by the recipe, became bf16: " in n for n in report.notes)
+
+
+def test_a_recipe_of_another_tool_quantizes_and_its_notes_are_in_the_report(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    foreign = tmp_path / "recipe.yaml"
+    group = "{targets: [Linear], weights: {num_bits: 4, strategy: group, group_size: 32}}"
+    foreign.write_text(f"s: {{m: {{QuantizationModifier: {{config_groups: {{g: {group}}}}}}}}}")
+    report = run(sources["float fp8 llama"], tmp_path / "out", str(foreign))
+    assert {m.method for m in report.modules} == {"rtn"}
+    assert report.recipe == "recipe"
+    foreign.write_text(f"s: {{m: {{AWQModifier: {{mappings: [{{smooth_layer: a}}], config_groups: {{g: {group}}}}}}}}}")
+    report = run(sources["float fp8 llama"], tmp_path / "other", str(foreign), calibration=text_file(tmp_path, 70_000))
+    assert report.notes[0].startswith("AWQModifier.mappings: ")

@@ -60,7 +60,9 @@ def test_the_scale_is_that_of_the_inputs_which_the_quantized_model_will_see(qwen
         model(ids)
     rows = torch.cat(seen)
     want = static_scale(rows, float(rows.abs().max()))
-    assert scales(tmp_path / "out")["model.layers.1.mlp.gate_proj"] == pytest.approx(want, rel=0.08)  # another sample of the same tokens
+    assert scales(tmp_path / "out")["model.layers.1.mlp.gate_proj"] == pytest.approx(
+        want, rel=0.08
+    )  # another sample of the same tokens
 
 
 @pytest.mark.parametrize(

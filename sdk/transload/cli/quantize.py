@@ -11,6 +11,7 @@ import typer
 
 from transload.cli import app
 from transload.cli.show import print_json, short_role, size, table
+from transload.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,13 @@ if TYPE_CHECKING:
 def quantize(
     model: Annotated[Path, typer.Argument(help="A float model folder, or any checkpoint: GGUF and FP8 are read too.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; it appears only when it is complete.")],
-    recipe: Annotated[str, typer.Option(help="A name from `transload recipes`, or a .yaml file.")] = "int4-g128",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="A name from `transload recipes`, a .yaml file, or a recipe.yaml of llm-compressor or "
+            "quantize_config.json of GPTQModel."
+        ),
+    ] = "int4-g128",
     to: Annotated[
         str, typer.Option("--to", help="A format (compressed-tensors, gptq, transload) or an engine (vllm-ascend).")
     ] = "compressed-tensors",
@@ -60,23 +67,46 @@ def quantize(
 
 
 @app.command()
-def recipes(json: Annotated[bool, typer.Option("--json", help="Print the recipes as JSON.")] = False) -> None:
-    """Lists the recipes that come with Transload and what they do."""
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Shows one of them as the YAML file that it is.")] = None,
+    foreign: Annotated[
+        Path | None,
+        typer.Option(
+            "--import",
+            help="Prints the recipe that says the same as a recipe.yaml of llm-compressor or a quantize_config.json of "
+            "GPTQModel.",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the recipes as JSON.")] = False,
+) -> None:
+    """Lists the recipes that come with Transload and what they do, shows one, or translates another tool's."""
+    from transload.quantize.imported import find_recipe, imported
     from transload.quantize.recipe import shipped
 
-    found = shipped()
+    if name is not None and foreign is not None:
+        raise ConfigError("give a recipe's name or --import FILE, not both")
+    if name is not None or foreign is not None:
+        found = imported(foreign) if foreign is not None else find_recipe(name or "")
+        if json:
+            print_json({**found.recipe.model_dump(mode="json"), "notes": list(found.notes)})
+        else:
+            typer.echo(found.to_yaml(), nl=False)
+        return
+    known = shipped()
     if json:
-        print_json({name: r.model_dump(mode="json") for name, r in found.items()})
+        print_json({name: r.model_dump(mode="json") for name, r in known.items()})
         return
     from rich.console import Console
 
     rows = []
-    for r in found.values():
+    for r in known.values():
         methods = ", ".join(dict.fromkeys(rule.method for rule in r.rules if rule.spec is not None))
         extra = [f"smooth {r.smooth:g}"] if r.smooth is not None else []
         extra += ["rotate"] if r.rotate else []
         rows.append((r.name, r.schemes(), " + ".join([methods, *extra]), r.summary))
-    Console().print(table(("recipe", "schemes", "method", "what it is for"), rows))
+    console = Console()
+    console.print(table(("recipe", "schemes", "method", "what it is for"), rows))
+    console.print("`transload recipes NAME` shows one as a file to start your own from; methods: docs/quantize.md")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from transload.quant import PER_CHANNEL, ActSpec, QuantSpec
 from transload.requantize import parse_spec
 
 Method = Literal["rtn", "mse", "gptq", "awq"]
-_LARGEST_FILE = 1 << 20
+LARGEST_FILE = 1 << 20
 
 
 class _Strict(BaseModel):
@@ -148,8 +148,8 @@ def read_recipe(source: str | Path | Recipe) -> Recipe:
             return known[str(source)]
         raise ConfigError(f"no recipe '{source}': there are {', '.join(known)}, and paths of .yaml files")
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"{path}: larger than the {_LARGEST_FILE} bytes that a recipe may have")
+        if path.stat().st_size > LARGEST_FILE:
+            raise ConfigError(f"{path}: larger than the {LARGEST_FILE} bytes that a recipe may have")
         return _parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read: {e}") from e

@@ -23,8 +23,9 @@ from transload.quant import QTensor
 from transload.quantize.assign import Assignment, assign, layer_count, layer_of
 from transload.quantize.held import Filled
 from transload.quantize.hidden import Hidden
+from transload.quantize.imported import find_recipe
 from transload.quantize.layerwise import SAME, Forward, LayerJob, LayerResult, Made, sqnr
-from transload.quantize.recipe import Recipe, read_recipe
+from transload.quantize.recipe import Recipe
 from transload.quantize.report import QuantizeReport, left_notes
 from transload.quantize.rotate import Rotation
 from transload.quantize.rtn import quantize_mse
@@ -57,7 +58,8 @@ def quantize(
 ) -> QuantizeReport:
     """Quantizes the checkpoint at `model` by a recipe and writes the folder `out` for the target `to`.
 
-    recipe: a name that `transload recipes` lists, a YAML file, or a Recipe. to: a format or an engine, as for `port`.
+    recipe: a name that `transload recipes` lists, a YAML file, a configuration of llm-compressor or GPTQModel
+    (`imported`), or a Recipe. to: a format or an engine, as for `port`.
     calibration: a text or .jsonl file, None for the built-in sample. floats: dtype of embeddings and heads that are
     quantized in the source. tokenizer: where the model brings none. resume: continue a run that was killed.
 
@@ -71,7 +73,8 @@ def quantize(
     began = time.monotonic()
     if floats not in FLOATS:
         raise ConfigError(f"floats '{floats}': give one of {', '.join(FLOATS)}")
-    chosen = read_recipe(recipe)
+    found = find_recipe(recipe)
+    chosen = found.recipe
     source = open_checkpoint(model, "native")
     target = named(Path(out))
     check_apart(target, source.path)
@@ -106,7 +109,7 @@ def quantize(
         chosen.name,
         text,
         tuple(made),
-        (*source.notes(), *assignment.notes, *left_notes(left, floats), *notes),
+        (*found.notes, *source.notes(), *assignment.notes, *left_notes(left, floats), *notes),
         written,
         seconds,
     )
