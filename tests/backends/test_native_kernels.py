@@ -97,6 +97,25 @@ def test_many_bfloat16_rows_match_the_reference(kernel: NativeKernel) -> None:
 
 
 @each_kernel
+@pytest.mark.parametrize("group", [8, 32, 128, PER_CHANNEL])
+@pytest.mark.parametrize("m", [1, 12, 70])
+def test_bfloat16_rows_are_multiplied_without_rounding_them(kernel: NativeKernel, m: int, group: int) -> None:
+    """Whole numbers up to 127 fit every kernel's activations: the result is the exact sum, rounded to bfloat16 once."""
+    random = torch.Generator().manual_seed(m)
+    for bits, zero in ((4, Zero.MIDPOINT), (4, Zero.CODES), (8, Zero.CODES), (4, Zero.MINS)):
+        spec = QuantSpec(bits, group, zero=zero, scale_dtype=FP16)
+        codes = torch.randint(1 << bits, (37, 328), generator=random, dtype=torch.uint8)
+        side = (37, spec.groups(328))
+        points = torch.randint(1 << bits, side, generator=random)
+        given = {Zero.CODES: {"zeros": points.to(torch.uint8)}, Zero.MINS: {"mins": points.to(FP16)}}
+        w = QTensor(spec, codes, torch.ones(side, dtype=FP16), **given.get(zero, {}))
+        x = torch.randint(-127, 128, (m, 328), generator=random).to(BF16)
+        x[:, ::8] = 127
+        exact = (x.double() @ w.dequantize().double().T).float().to(BF16)
+        assert torch.equal(kernel.matmul(x, kernel.pack(w)), exact), (bits, zero)
+
+
+@each_kernel
 @pytest.mark.parametrize("act", [None, ActSpec(8, 32)], ids=["W4A16", "W4A8"])
 def test_rows_do_not_depend_on_their_neighbours(kernel: NativeKernel, act: ActSpec | None) -> None:
     """Any number of rows, any cut into tiles and any number of threads give the same bits for the same row."""

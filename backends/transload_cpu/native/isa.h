@@ -52,7 +52,7 @@ extern const Isa dotprod_isa;
 const Isa *find_isa(int32_t isa, const Plan &plan, int64_t rows);
 
 // The table for bfloat16 activations in place of `isa`, null where 15-bit integers are faster or nothing better is
-// there: with few rows the weights' conversion costs more than it saves. rows counts both rows of a token.
+// there: with few rows, unpacking to bfloat16 costs more than it saves. rows counts both rows of a token.
 const Isa *find_bf16(const Isa &isa, const Plan &plan, int64_t rows, int32_t x_dtype);
 
 // The widest vectors that this CPU has, for everything that is not a product.

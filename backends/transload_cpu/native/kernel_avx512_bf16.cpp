@@ -1,133 +1,164 @@
-// AVX512-BF16: many rows of bfloat16 activations. Weights are dequantized to bfloat16 once for a band of rows, and the
-// products summed in float32 over all of K: sums are not scaled per group, which costs the integer kernels time.
+// AVX512-BF16: bfloat16 activations as they are, times codes as whole numbers in bfloat16, summed in float32 and scaled
+// once per segment: both factors are exact, and nothing is rounded but the sums.
 //
-// K is walked in passes of 256 inputs, whose 32 outputs are 16 KB of bfloat16 pairs and stay in the L1 cache.
+// With small groups and many rows, scaling so often costs a tenth of the time. There the weights are scaled when they are
+// unpacked, which rounds them to bfloat16, and sums run over a whole pass.
 #include <utility>
 
-#include "side_512.h"
-#include "unroll.h"
+#include "unpack_bf16.h"
 
 namespace transload {
 namespace {
 
-constexpr int kRows = 12;
-constexpr int64_t kPassInputs = 256;
-constexpr int64_t kPairBytes = kPanel * 4;  // two inputs of 32 outputs
+constexpr int kRows = 12;  // 12 rows * 2 vectors = 24 sums, leaving 8 of the 32 registers for operands
+constexpr int64_t kSmallSegment = 64, kManyRows = 64;
 
-// Scale and offset of 16 outputs: weight = scale * code + offset.
-struct Line {
-  __m512 scale, offset;
-};
-
-inline Line load_line(const tl_geometry &g, const Panel &panel, int64_t at) {
-  const Side side = load_side(g, panel, at);
-  if (g.zero >= TL_ZERO_FLOATS) return {side.scale, side.offset};
-  const __m512 zero = g.zero == TL_ZERO_CODES ? _mm512_cvtepi32_ps(load_zeros(panel.zeros + at))
-                                              : _mm512_set1_ps(static_cast<float>(g.midpoint));
-  return {side.scale, _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(side.scale, zero))};
-}
-
-// Codes at bits `shift` and `shift + 8` of every dword as a pair of bfloat16 per output.
-inline __m512i dequantize_pair(__m512i codes, int shift, __m512i mask, const Line &line) {
-  const auto weight = [&](int bits) {
-    const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, static_cast<unsigned>(bits)), mask);
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), line.scale, line.offset);
-  };
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(weight(shift + 8), weight(shift));
-  // From all first halves, then all second ones, to one of each in turn.
-  const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(in_turn, halves);
-}
-
-// Inputs [from, to) of a panel: [pairs][2 halves][16 outputs][2 inputs].
-void dequantize_pass(const Layout &w, const Panel &panel, int64_t from, int64_t to, uint8_t *out) {
-  const tl_geometry &g = w.geometry;
-  const int64_t group = g.group_size == -1 ? w.kp : g.group_size;
-  const __m512i mask = _mm512_set1_epi32(g.bits == 4 ? 15 : 255);
-  Line lines[2];
-  for (int64_t k = from; k < to; k += 8, out += 4 * kPairBytes) {
-    if (k == from || k % group == 0) {
-      const int64_t at = (k / group < w.groups ? k / group : w.groups - 1) * kPanel;  // padding belongs to no group
-      for (int t = 0; t < 2; t++) lines[t] = load_line(g, panel, at + t * kHalf);
+// out[rows][32] += a tile times a pass. With UNPACK, 4-bit codes are unpacked on the way and left in the pass for the
+// tiles that follow: the shuffles then run beside the multiplications, which matters when the rows are few.
+template <int ROWS, bool UNPACK>
+void add_pass(const Plan &p, const uint8_t *codes, Pass &pass, const Tile &tile, float *out) {
+  const int64_t stride = int64_t(p.rows) * 16, last = pass.first + pass.inputs;
+  const __m512i table = _mm512_load_si512(pass.numbers);
+  const int8_t *q = tile.q + pass.first / 8 * stride;
+  const Line *line = pass.lines;
+  uint8_t *weights = pass.weights;
+  for (int64_t k = pass.first; k < last; k += pass.segment, line++) {
+    const int64_t steps = std::min(pass.segment, last - k) / 8;
+    __m512 sum[ROWS][2];
+    unroll<ROWS>([&](auto r) { sum[r][0] = sum[r][1] = _mm512_setzero_ps(); });
+    for (int64_t i = 0; i < steps; i++, weights += kEightBytes, q += stride) {
+      __m512i rows[2];
+      if constexpr (UNPACK) {
+        rows[0] = _mm512_loadu_si512(codes), rows[1] = _mm512_loadu_si512(codes + 64);
+        fetch(codes + kAhead);
+        fetch(codes + kAhead + 64);
+        codes += 4 * kPanel;
+      }
+      unroll<4>([&](auto pair) __attribute__((always_inline)) {
+        uint8_t *at = weights + pair * 128;
+        if constexpr (UNPACK) {
+          _mm512_store_si512(at, numbers_of_4<pair>(rows[0], table));
+          _mm512_store_si512(at + 64, numbers_of_4<pair>(rows[1], table));
+        }
+        const auto w0 = (__m512bh)_mm512_load_si512(at), w1 = (__m512bh)_mm512_load_si512(at + 64);
+        unroll<ROWS>([&](auto r) {
+          int32_t two;
+          std::memcpy(&two, q + r * 16 + pair * 4, 4);
+          const auto x = (__m512bh)_mm512_set1_epi32(two);
+          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x, w0);
+          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, w1);
+        });
+      });
     }
-    for (int t = 0; t < 2; t++) {
-      const uint8_t *codes = panel.codes + k / 8 * w.step_bytes + t * 64;
-      const __m512i first = _mm512_loadu_si512(codes);
-      const __m512i second = g.bits == 4 ? _mm512_srli_epi32(first, 4) : _mm512_loadu_si512(codes + 128);
-      uint8_t *to_half = out + t * 64;
-      _mm512_store_si512(to_half, dequantize_pair(first, 0, mask, lines[t]));
-      _mm512_store_si512(to_half + kPairBytes, dequantize_pair(first, 16, mask, lines[t]));
-      _mm512_store_si512(to_half + 2 * kPairBytes, dequantize_pair(second, 0, mask, lines[t]));
-      _mm512_store_si512(to_half + 3 * kPairBytes, dequantize_pair(second, 16, mask, lines[t]));
-    }
-  }
-}
-
-// One token as bfloat16 pairs: tile.q holds [kp / 2][rows][2].
-void place_row_bf16(const Plan &p, const float *x, int row, int8_t *bytes, const Tile &tile) {
-  const int64_t kp = p.weight->kp, stride = int64_t(p.rows) * 4;
-  for (int64_t k = 0; k < kp; k += 32) {
-    const __m512bh halves = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + k + 16), _mm512_loadu_ps(x + k));
-    _mm512_storeu_si512(bytes + k * 2, (__m512i)halves);
-  }
-  int8_t *to = tile.q + row * 4;
-  for (int64_t pair = 0; pair < kp / 2; pair++) std::memcpy(to + pair * stride, bytes + pair * 4, 4);
-}
-
-// Adds `pairs` pairs of inputs to out [ROWS][32].
-template <int ROWS>
-void add_pass(const uint8_t *weights, const uint8_t *q, int64_t stride, int64_t pairs, float *out) {
-  __m512 y[ROWS][2];
-  unroll<ROWS>([&](auto r) {
-    y[r][0] = _mm512_loadu_ps(out + r * kPanel);
-    y[r][1] = _mm512_loadu_ps(out + r * kPanel + kHalf);
-  });
-  for (int64_t i = 0; i < pairs; i++, weights += kPairBytes, q += stride) {
-    const auto w0 = (__m512bh)_mm512_load_si512(weights), w1 = (__m512bh)_mm512_load_si512(weights + 64);
+    __asm__ volatile("" ::: "memory");  // otherwise gcc holds all of `out` on the stack, and moves it there and back
+    const float *moment = tile.moment + k / p.segment * p.rows;
     unroll<ROWS>([&](auto r) {
-      int32_t pair;
-      std::memcpy(&pair, q + r * 4, 4);
-      const auto x = (__m512bh)_mm512_set1_epi32(pair);
-      y[r][0] = _mm512_dpbf16_ps(y[r][0], x, w0);
-      y[r][1] = _mm512_dpbf16_ps(y[r][1], x, w1);
+      unroll<2>([&](auto t) {
+        float *to = out + r * kPanel + t * kHalf;
+        __m512 y = _mm512_fmadd_ps(sum[r][t], line->scale[t], _mm512_loadu_ps(to));
+        if (pass.offsets) y = _mm512_fmadd_ps(line->offset[t], _mm512_set1_ps(moment[r]), y);
+        _mm512_storeu_ps(to, y);
+      });
     });
   }
-  unroll<ROWS>([&](auto r) {
-    _mm512_storeu_ps(out + r * kPanel, y[r][0]);
-    _mm512_storeu_ps(out + r * kPanel + kHalf, y[r][1]);
-  });
 }
 
-using AddPass = void (*)(const uint8_t *, const uint8_t *, int64_t, int64_t, float *);
+using AddPass = void (*)(const Plan &, const uint8_t *, Pass &, const Tile &, float *);
 
-template <int... I>
+template <bool UNPACK, int... I>
 AddPass add_pass_of(int rows, std::integer_sequence<int, I...>) {
-  static constexpr AddPass all[] = {add_pass<I + 1>...};
+  static constexpr AddPass all[] = {add_pass<I + 1, UNPACK>...};
   return all[rows - 1];
 }
 
+// Inputs that segments cover; padding behind them is nobody's.
+int64_t inputs_of(const Plan &p) { return std::min(p.weight->kp, p.segments * p.segment); }
+
+// Lines of the pass, and its weights unless the first tile is to unpack them. Returns where that tile reads the codes.
+const uint8_t *load_pass(const Plan &p, const Panel &panel, int64_t first, bool scaled, Pass &pass) {
+  const Layout &w = *p.weight;
+  const tl_geometry &g = w.geometry;
+  const int64_t segments = kPassInputs / p.segment, at = first / p.segment;
+  pass.first = first;
+  pass.inputs = std::min(segments * p.segment, inputs_of(p) - first);
+  pass.segment = p.segment;
+  pass.offsets = g.zero != TL_ZERO_MIDPOINT && !scaled;
+  for (int64_t s = at; s < std::min(p.segments, at + segments); s++)
+    pass.lines[s - at] = load_line(g, panel, s / p.segments_per_group * kPanel);
+  const uint8_t *codes = panel.codes + first / 8 * w.step_bytes;
+  if (scaled) {
+    (g.bits == 4 ? unpack<4, true> : unpack<8, true>)(codes, base_of(g), pass);
+    pass.segment = pass.inputs;
+    const __m512 one = _mm512_set1_ps(1);
+    pass.lines[0] = {{one, one}, {}};
+  } else if (g.bits == 8) {
+    unpack<8, false>(codes, base_of(g), pass);
+  }
+  return codes;
+}
+
 void multiply(const Plan &p, const Panel &panel, const TileRun &tiles, float *out) {
-  alignas(64) uint8_t weights[kPassInputs / 2 * kPairBytes];
+  Pass pass;
+  fill_numbers(base_of(p.weight->geometry), pass);
   int64_t rows = 0;
   for (int i = 0; i < tiles.count; i++) rows += tiles.rows[i];
   std::memset(out, 0, static_cast<size_t>(rows) * kPanel * sizeof(float));
-  const int64_t kp = p.weight->kp, stride = int64_t(p.rows) * 4;
-  for (int64_t from = 0; from < kp; from += kPassInputs) {
-    const int64_t to = from + kPassInputs < kp ? from + kPassInputs : kp;
-    dequantize_pass(*p.weight, panel, from, to, weights);
+  const bool scaled = p.segment <= kSmallSegment && rows >= kManyRows;
+  const bool by_tile = p.weight->geometry.bits == 4 && !scaled;
+  for (int64_t first = 0; first < inputs_of(p); first += pass.inputs) {
+    const uint8_t *codes = load_pass(p, panel, first, scaled, pass);
     float *y = out;
     for (int i = 0; i < tiles.count; i++) {
-      const auto *q = reinterpret_cast<const uint8_t *>(tile_after(p, tiles.first, i).q) + from / 2 * stride;
-      add_pass_of(tiles.rows[i], std::make_integer_sequence<int, kRows>{})(weights, q, stride, (to - from) / 2, y);
-      y += tiles.rows[i] * kPanel;
+      constexpr auto counts = std::make_integer_sequence<int, kRows>{};
+      const int r = tiles.rows[i];
+      const auto add = by_tile && i == 0 ? add_pass_of<true>(r, counts) : add_pass_of<false>(r, counts);
+      add(p, codes, pass, tile_after(p, tiles.first, i), y);
+      y += r * kPanel;
     }
   }
+}
+
+// One token stays bfloat16; the driver's float32 memory holds it in its first half.
+void read_halves(const void *x, int32_t, int64_t k, int64_t kp, const int32_t *order, float *out) {
+  const auto *from = static_cast<const uint8_t *>(x);
+  auto *to = reinterpret_cast<uint8_t *>(out);
+  if (order == nullptr) {
+    std::memcpy(to, from, static_cast<size_t>(k) * 2);
+  } else {
+    for (int64_t i = 0; i < k; i++) std::memcpy(to + i * 2, from + int64_t(order[i]) * 2, 2);
+  }
+  std::memset(to + k * 2, 0, static_cast<size_t>(kp - k) * 2);
+}
+
+// One token into its tile, [kp / 8][rows][8], every eight in the order of the pairs; sums of segments as moments.
+void place_halves(const Plan &p, const float *x, int row, int8_t *, const Tile &tile) {
+  const int64_t kp = p.weight->kp, stride = int64_t(p.rows) * 16;
+  const auto *from = reinterpret_cast<const uint8_t *>(x);
+  int8_t *to = tile.q + row * 16;
+  for (int64_t i = 0; i < kp / 8; i++) {
+    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i * 16));
+    const __m128i paired = _mm_shufflehi_epi16(_mm_shufflelo_epi16(eight, 0xd8), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to + i * stride), paired);
+  }
+  if (p.weight->geometry.zero == TL_ZERO_MIDPOINT) return;
+  for (int64_t s = 0; s < p.segments; s++) {
+    const int64_t first = s * p.segment, last = std::min(kp, first + p.segment);
+    float sum = 0;
+    for (int64_t i = first; i < last; i++) sum += read_float(x, i, TL_BFLOAT16);
+    tile.moment[s * p.rows + row] = sum;
+  }
+}
+
+void store_halves(const float *out, const float *bias, int n, void *y, int64_t at, int32_t dtype) {
+  if (n < kPanel) return store_row(out, bias, n, y, at, dtype);
+  __m512 low = _mm512_loadu_ps(out), high = _mm512_loadu_ps(out + kHalf);
+  if (bias) low = _mm512_add_ps(low, _mm512_loadu_ps(bias)), high = _mm512_add_ps(high, _mm512_loadu_ps(bias + kHalf));
+  _mm512_storeu_si512(static_cast<uint16_t *>(y) + at, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
 }  // namespace
 
-const Isa avx512_bf16_isa = {"avx512-bf16", kRows, 1, 2, 768 << 10, read_row, place_row_bf16, multiply, store_row,
+const Isa avx512_bf16_isa = {"avx512-bf16", kRows, 1, 8, 2 << 20, read_halves, place_halves, multiply, store_halves,
                              dequantize, nullptr, nullptr};
 
 }  // namespace transload
