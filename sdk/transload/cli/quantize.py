@@ -38,6 +38,7 @@ def quantize(
         Path | None, typer.Option(help="Text: .txt, or .jsonl with text or messages. Default: a small built-in sample.")
     ] = None,
     floats: Annotated[str, typer.Option(help="fp32, bf16 or fp16 for embeddings that the source quantizes.")] = "bf16",
+    device: Annotated[str, typer.Option(help="Where layers are calibrated: cpu, cuda, cuda:1.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False,
     modules: Annotated[bool, typer.Option("--modules", help="One row for every module.")] = False,
@@ -54,6 +55,7 @@ def quantize(
             to=to,
             calibration=calibration,
             floats=floats,
+            device=device,
             overwrite=overwrite,
             resume=resume,
             progress=update,

@@ -21,6 +21,7 @@ from transload.porting import port
 from transload.porting.run import FLOATS
 from transload.quant import QTensor
 from transload.quantize.assign import Assignment, assign, layer_count, layer_of
+from transload.quantize.device import back, find_device, move, move_arguments, through
 from transload.quantize.held import Filled
 from transload.quantize.hidden import Hidden
 from transload.quantize.imported import find_recipe
@@ -52,6 +53,7 @@ def quantize(
     calibration: str | Path | None = None,
     floats: str = "bf16",
     tokenizer: Any = None,
+    device: str = "cpu",
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
@@ -61,7 +63,8 @@ def quantize(
     recipe: a name that `transload recipes` lists, a YAML file, a configuration of llm-compressor or GPTQModel
     (`imported`), or a Recipe. to: a format or an engine, as for `port`.
     calibration: a text or .jsonl file, None for the built-in sample. floats: dtype of embeddings and heads that are
-    quantized in the source. tokenizer: where the model brings none. resume: continue a run that was killed.
+    quantized in the source. tokenizer: where the model brings none. device: where layers are calibrated, "cpu" or what
+    torch calls an accelerator ("cuda"). resume: continue a run that was killed.
 
     Quantized sources (GGUF, FP8 blocks) are read through their formats. `out` appears when it is complete and has been
     read back. Raises, before any work, ConfigError for a recipe that names no module or text that is too short,
@@ -73,7 +76,7 @@ def quantize(
     began = time.monotonic()
     if floats not in FLOATS:
         raise ConfigError(f"floats '{floats}': give one of {', '.join(FLOATS)}")
-    found = find_recipe(recipe)
+    found, place = find_recipe(recipe), find_device(device)
     chosen = found.recipe
     source = open_checkpoint(model, "native")
     target = named(Path(out))
@@ -91,7 +94,7 @@ def quantize(
     }
     stage = Stage(target, job, resume, overwrite)
     kept = dict.fromkeys(left, FLOATS[floats])
-    run = _Run(source, chosen, assignment, stage, ids, kept, progress or (lambda done, total, what: None))
+    run = _Run(source, chosen, assignment, stage, ids, kept, place, progress or (lambda done, total, what: None))
     try:
         run.quantize()
         seconds = time.monotonic() - began
@@ -126,10 +129,11 @@ class _Run:
         stage: Stage,
         ids: Tensor | None,
         as_floats: Mapping[str, torch.dtype],
+        device: torch.device,
         progress: Progress,
     ) -> None:
         self.source, self.recipe, self.assignment, self.stage = source, recipe, assignment, stage
-        self.ids, self._as_floats, self._progress = ids, as_floats, progress
+        self.ids, self._as_floats, self._device, self._progress = ids, as_floats, device, progress
         self._by_layer: dict[int, list[str]] = {}
         self._outside: list[str] = []
         for name in source.entries:
@@ -201,21 +205,27 @@ class _Run:
         work.check_weights()
         run = forward(filled.layer, arguments)
         changed = {} if turn is None else self._rotated(turn, filled, run, hidden, work.label)
-        result = work.quantize(run, hidden)
+        last = index + 1 == skeleton.layers
+        inputs: StaticInputs | None = None
         out: Hidden | None = None
-        scales: dict[str, Tensor] = {}
         if hidden is not None:
             inputs = StaticInputs(work.label, filled, self.assignment.modules, hidden.count * hidden.tokens)
-            last = index + 1 == skeleton.layers
             if inputs or not last:
                 out = self.stage.hidden(index + 1, (hidden.count, hidden.tokens, hidden.width), create=True)
+        move(filled, self._device)
+        run = through(forward(filled.layer, move_arguments(arguments, self._device)), self._device)
+        with torch.device(self._device):
+            result = work.quantize(run, hidden)
+            if hidden is not None and out is not None and inputs is not None:
+                inputs.watch()
                 work.advance(run, hidden, out)
-            scales = inputs.scales()
-            if last and out is not None:
-                out.delete()
+        result.modules = {name: back(w) for name, w in result.modules.items()}
+        scales = {} if inputs is None or out is None else inputs.scales()
+        if last and out is not None:
+            out.delete()
         stored = dict(skeleton.layer_parameters(index))
-        floats = {stored[n]: t.to(filled.dtypes[n]) for n, t in (changed | result.floats).items()}
-        floats |= {f"{n}.weight": t for n, t in result.weights.items()}
+        floats = {stored[n]: t.to("cpu", filled.dtypes[n]) for n, t in (changed | result.floats).items()}
+        floats |= {f"{n}.weight": t.cpu() for n, t in result.weights.items()}
         floats |= {f"{n}.{INPUT_SCALE}": t for n, t in scales.items()}
         self._save(_part(index), self._by_layer[index], result, floats)
         if hidden is not None:

@@ -42,9 +42,9 @@ def static_scale(rows: Tensor, absmax: float, bits: int = 8) -> float:
 
 
 class StaticInputs:
-    """Watches the linears of a filled layer whose activations are static, from now until `scales`.
+    """The linears of a filled layer whose activations are static; true when there are any.
 
-    tokens: how many the layer will be given. Does nothing in layers without such linears.
+    tokens: how many the layer will be given between `watch` and `scales`.
     """
 
     def __init__(self, label: str, filled: Filled, assigned: Mapping[str, Assigned], tokens: int) -> None:
@@ -55,6 +55,9 @@ class StaticInputs:
             if (names := [n for n in held.names if n in assigned and is_static(assigned[n])])
         }
         self._watch = Watch((), stride=max(1, tokens // SAMPLE))
+
+    def watch(self) -> None:
+        """From now on inputs are collected."""
         for held in self._names:
             held.watch = self._watch
 
