@@ -1,12 +1,14 @@
-// The native library checked from C++, where sanitizers and other processors' emulators can watch: see ci/asan.
+// The native library checked from C++, where sanitizers and other processors' emulators can watch: see ci/sanitizers.
 // Random weights of every kind on every instruction set of this CPU, against double precision computed from the codes.
 // Every buffer has exactly the size that the interface asks for, so that one byte too many is found.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "transload_native.h"
@@ -108,12 +110,16 @@ void check_unpack(const Weight &w) {
   if (w.g.zero == TL_ZERO_CODES) expect(code_zeros == w.code_zeros, "unpack zeros", w.g, -1);
   if (w.g.zero >= TL_ZERO_FLOATS) expect(float_zeros == w.float_zeros, "unpack float zeros", w.g, -1);
   std::vector<float> floats(w.codes.size());
-  expect(tl_dequantize(w.packed.data(), bytes, TL_FLOAT32, floats.data(), 2) == TL_OK, "dequantize", w.g, -1);
+  const int64_t outputs = w.g.experts * w.g.n, cut_at = outputs / 3;
+  float *rest = floats.data() + cut_at * w.g.k;
+  expect(tl_dequantize(w.packed.data(), bytes, 0, cut_at, TL_FLOAT32, floats.data(), 2) == TL_OK &&
+             tl_dequantize(w.packed.data(), bytes, cut_at, outputs - cut_at, TL_FLOAT32, rest, 2) == TL_OK,
+         "dequantize", w.g, -1);
   for (int64_t e = 0; e < w.g.experts; e++)
     for (int64_t n = 0; n < w.g.n; n++)
       for (int64_t p = 0; p < w.g.k; p++) {
         const int64_t input = w.g.act_order ? w.order[static_cast<size_t>(p)] : p;
-        const double error = floats[static_cast<size_t>((e * w.g.k + input) * w.g.n + n)] - w.at(e, n, p);
+        const double error = floats[static_cast<size_t>((e * w.g.n + n) * w.g.k + input)] - w.at(e, n, p);
         if (std::fabs(error) > 1e-5) return expect(false, "dequantized weight", w.g, -1);
       }
   for (int64_t cut = 0; cut < bytes; cut += bytes / 7 + 1) {
@@ -194,6 +200,31 @@ void check_matmul(const Weight &w, int isa) {
     }
 }
 
+// Several callers share a weight and the workers; each gets the bits of one thread alone.
+void check_callers(const Weight &w, int isa) {
+  if (w.g.experts != 1) return;
+  const int64_t m = between(1, 100), group = w.g.group_size;
+  std::vector<float> x(static_cast<size_t>(m * w.g.k)), alone(static_cast<size_t>(m * w.g.n));
+  for (float &v : x) v = gaussian();
+  const auto product = [&](float *y, int threads) {
+    const tl_product call{w.packed.data(), int64_t(w.packed.size()), x.data(), w.g.k, m, nullptr, nullptr, y,
+                          group,           8,                        TL_FLOAT32, isa, threads};
+    return tl_matmul(&call) == TL_OK;
+  };
+  expect(product(alone.data(), 1), "matmul", w.g, isa);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int c = 0; c < 4; c++)
+    callers.emplace_back([&, c] {
+      for (int i = 0; i < 3; i++) {
+        std::vector<float> y(alone.size());
+        wrong += !product(y.data(), 1 + (c + i) % 4) || std::memcmp(y.data(), alone.data(), y.size() * 4) != 0;
+      }
+    });
+  for (std::thread &c : callers) c.join();
+  expect(wrong == 0, "callers at once", w.g, isa);
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -203,7 +234,7 @@ int main(int argc, char **argv) {
     check_unpack(w);
     check_rows(w);
     for (int isa = TL_PORTABLE; isa <= TL_NEON_DOTPROD; isa++)
-      if (tl_supported() >> isa & 1) check_matmul(w, isa);
+      if (tl_supported() >> isa & 1) check_matmul(w, isa), check_callers(w, isa);
   }
   std::printf("%d weights, instruction sets 0x%x: %d passed, %d failed\n", rounds, tl_supported(), rounds - failures,
               failures);
