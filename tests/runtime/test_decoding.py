@@ -17,6 +17,7 @@ import transload
 from transload.runtime import TransloadConfig, report
 from transload.runtime.decoding import decoder_of
 from transload.runtime.decoding.cache import GrowingLayer
+from transload.runtime.decoding.loop import one_sequence, suits
 from transload.runtime.decoding.stepwise import StepwiseModel
 
 LLAMA = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
@@ -190,6 +191,31 @@ def _generated(model: PreTrainedModel, settings: dict[str, Any]) -> torch.Tensor
     ids = TOKENS[:, :6]
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, pad_token_id=0, **settings)
     return out if isinstance(out, torch.Tensor) else out.sequences
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.3},
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 30, "min_p": 0.01},
+        {"eos_token_id": [5, 90, 17, 60]},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 4},
+        {"max_time": 60.0},
+    ],
+    ids=lambda s: " ".join(s) or "greedy",
+)
+def test_our_loop_gives_the_tokens_of_transformers_loop(llama: PreTrainedModel, settings: dict[str, Any]) -> None:
+    assert suits(llama, transformers.GenerationConfig(**settings))
+    assert torch.equal(_generated(llama, {**settings, "custom_generate": one_sequence}), _generated(llama, settings))
+
+
+def test_our_loop_leaves_to_transformers_what_it_does_not_do(llama: PreTrainedModel) -> None:
+    for settings in ({"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}):
+        assert not suits(llama, transformers.GenerationConfig(**settings))
+    with Plain(llama) as plain:
+        assert not suits(plain, transformers.GenerationConfig())
 
 
 def test_what_the_step_does_not_do_goes_through_transformers_layers(llama: PreTrainedModel, steps: list[int]) -> None:

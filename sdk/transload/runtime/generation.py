@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from transload.errors import ConfigError
+from transload.runtime.decoding.loop import one_sequence, suits
 from transload.runtime.loading import load
 from transload.runtime.tokenizers import tokenizer as tokenizer_of
 
@@ -78,7 +79,9 @@ def generate(
         if seed is not None:
             torch.manual_seed(seed)
         clock = _Clock(tokens, stream)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
+        ours = suits(model, settings)
+        loop = {"custom_generate": one_sequence, "listener": clock} if ours else {"streamer": clock}
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, **loop)
     new = tuple(int(t) for t in out[0, ids.shape[1] :])
     text = tokens.decode(new, skip_special_tokens=True)
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]

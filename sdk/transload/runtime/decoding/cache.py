@@ -15,6 +15,8 @@ _LEAST_ROOM = 256  # tokens; a buffer that is full grows by this, or by a quarte
 class Room:
     """A tensor [B, H, length, D] as the front of a larger buffer [B, H, capacity, D]."""
 
+    __slots__ = ("buffer", "length")
+
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
         self.length = 0

@@ -7,7 +7,7 @@ cache with it. So every option of transformers works, and the ordinary case is f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -19,39 +19,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transload.errors import Unsupported
 from transload.hal import Decoder, DecoderStep
 from transload.runtime.decoding.angles import Angles
-from transload.runtime.decoding.cache import GrowingLayer, even, make_growing
+from transload.runtime.decoding.cache import even, make_growing
 from transload.runtime.decoding.describe import DTYPES, describe, same
+from transload.runtime.decoding.sequence import Sequence
+from transload.runtime.embedding import QuantEmbedding
 
 _HARMLESS = ("return_dict", "is_causal")  # keywords whose True asks for nothing that the step does not do
-
-
-class Sequence:
-    """The cache of one sequence, as the step last saw it."""
-
-    def __init__(self, cache: DynamicCache, step: DecoderStep) -> None:
-        self.step = step
-        self.layers = cast(list[GrowingLayer], list(cache.layers))
-        self.rooms = [(layer.key_room.buffer, layer.value_room.buffer) for layer in self.layers]
-        keys, values = ([pair[i][0] for pair in self.rooms] for i in (0, 1))  # type: ignore[index]
-        self.bound = step.bind(keys, values)
-        self.capacity = keys[0].shape[1]
-
-    def fits(self, cache: DynamicCache, step: DecoderStep, length: int) -> bool:
-        """Whether nothing was replaced since, all layers hold `length` tokens, and one more has room."""
-        if self.step is not step or length >= self.capacity or len(cache.layers) != len(self.layers):
-            return False
-        for layer, (keys, values) in zip(self.layers, self.rooms, strict=True):
-            if layer.key_room.buffer is not keys or layer.value_room.buffer is not values:
-                return False
-            if layer.key_room.length != length or layer.value_room.length != length:
-                return False
-        return all(a is b for a, b in zip(cache.layers, self.layers, strict=True))
-
-    def grown(self) -> None:
-        """Counts the token that the step has added."""
-        for layer in self.layers:
-            layer.key_room.length += 1
-            layer.value_room.length += 1
+_MOST_ROWS = 2048  # of the embedding, kept as floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +36,8 @@ class _Prepared:
     decoder: Decoder
     angles: Angles
     kernel: str
+    table: list[Tensor]  # of the embedding
+    rows: dict[int, Tensor] = field(default_factory=dict)  # embeddings of tokens that came before
 
 
 class StepwiseModel(nn.Module):
@@ -97,7 +73,9 @@ class StepwiseModel(nn.Module):
         self._changed = False
         try:
             described, kernel = describe(self.inner)
-            if self._prepared is not None and same(described, self._prepared.decoder):
+            table = [*self.inner.embed_tokens.parameters(), *self.inner.embed_tokens.buffers()]
+            known = self._prepared
+            if known is not None and same(described, known.decoder) and _identical(table, known.table):
                 return
             step = kernel.decoder(described)
             if isinstance(step, str):
@@ -106,7 +84,7 @@ class StepwiseModel(nn.Module):
             self._clear()
             self.reason = str(e)
             return
-        self._prepared = _Prepared(step, described, Angles(self.inner.rotary_emb), kernel.name)
+        self._prepared = _Prepared(step, described, Angles(self.inner.rotary_emb), kernel.name, table)
         self.reason = None
 
     @property
@@ -177,11 +155,23 @@ class StepwiseModel(nn.Module):
         if sequence is None:
             return None
         position = length if position_ids is None else int(position_ids)
-        x = self.embed_tokens(input_ids) if embeds is None else embeds
+        x = self._row(input_ids, prepared) if embeds is None else embeds
         cos, sin = prepared.angles.at(position)
         state = prepared.step.run(x.detach().to(torch.float32).reshape(-1), cos, sin, sequence.bound, length)
         sequence.grown()
         return state.to(x.dtype).reshape(1, 1, -1)
+
+    def _row(self, token: Any, prepared: _Prepared) -> Tensor:
+        """The embedding [1, 1, hidden] of a token int [1, 1]. Quantized rows are kept for when a token comes again."""
+        if not isinstance(self.embed_tokens, QuantEmbedding):
+            return cast(Tensor, self.embed_tokens(token))
+        index, rows = int(token), prepared.rows
+        row = rows.get(index)
+        if row is None:
+            if len(rows) >= _MOST_ROWS:
+                rows.clear()
+            row = rows[index] = self.embed_tokens(token)
+        return row
 
     def _sequence(self, cache: DynamicCache, prepared: _Prepared, length: int) -> Sequence | None:
         """The sequence of a cache with room for one more token; None for a cache that is not one sequence."""
@@ -234,6 +224,10 @@ class StepwiseModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._clear()
         self._changed = True
+
+
+def _identical(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _asks_nothing(kwargs: Mapping[str, Any], config: Any) -> bool:
