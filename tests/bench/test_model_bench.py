@@ -70,8 +70,8 @@ def test_ratios_compare_within_rounds(result: model.Result) -> None:
 
 
 def test_who_is_missing_is_told_with_the_reason(result: model.Result) -> None:
-    assert "reads one GGUF file" in result.absent["llama.cpp (xllamacpp)"]
-    assert result.absent.keys() == {"llama.cpp (xllamacpp)", "llama.cpp (llama-cpp-python)", "onnxruntime-genai"}
+    assert "reads one GGUF file" in result.absent["llama.cpp, xllamacpp"]
+    assert result.absent.keys() == {"llama.cpp, xllamacpp", "llama-cpp-python", "onnxruntime-genai"}
 
 
 def test_bytes_of_a_token_leave_out_what_is_only_looked_up(folder: Path, result: model.Result) -> None:
@@ -176,7 +176,7 @@ def test_a_build_without_the_processors_instructions_is_named(
     result: model.Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_report, "_processor_has", lambda flag: True)
-    poor = replace(result.rows[0], name="llama.cpp (xllamacpp)", detail="AVX2 FMA", idle=0.5)
+    poor = replace(result.rows[0], name="llama.cpp, xllamacpp", detail="AVX2 FMA", idle=0.5)
     found = model_report.warnings(model.Result([poor], {}, None))
     assert "used 50% of a core" in found[0]
     assert "without AVX512" in found[1]

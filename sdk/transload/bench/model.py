@@ -131,7 +131,7 @@ def _take_turns(
                 running.remove(r)
                 r.worker.close()
                 continue
-            r.peak, r.tokens = answer["peak"], answer["tokens"] or r.tokens
+            r.peak, r.tokens = answer["peak"], answer["tokens"]
             if turn == 0:
                 r.cold = answer["prompt"]
             else:

@@ -80,7 +80,7 @@ def load_all(
                 break
             say(f"loading {contender.name}")
             worker = stack.enter_context(Environment(python, "model_worker.py", _environment(settings.threads)))
-            answer = asked(worker, {"load": contender.name, "job": job})
+            answer = asked(worker, {"load": contender.name, "job": job, "clock": settings.clock})
             if "reason" not in answer:
                 absent.pop(contender.name, None)
                 yield Running(contender, worker, answer)

@@ -29,7 +29,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Seconds until the first token was there, seconds of all further ones, and the token ids (None: not told)."""
+    """Seconds until the first token was there, and of all further ones. Token ids; None: the engine's `tokens` tells."""
 
     prompt_seconds: float
     decode_seconds: float
@@ -66,23 +66,29 @@ class XLlama:
         params.cache_prompt = params.cache_idle_slots = False
         params.cache_ram_mib = params.n_ctx_checkpoints = 0
         self._server = library.Server(params)
-        self._tokens: list[int] | None = None
+        self._tokens: list[int] = []
         self.versions = {"xllamacpp": version("xllamacpp")}
         self.detail = _instructions(library.get_system_info())
 
     def answer(self, ids: list[int], text: str, new: int) -> Answer:
-        """The first answer also asks for token ids, which take time; later ones only compute."""
-        request = {
+        """Raises RuntimeError when the server did not compute all of it."""
+        timings = self._server.handle_completions(self._request(ids, new))["timings"]
+        if timings["cache_n"] or timings["prompt_n"] != len(ids) or timings["predicted_n"] != new:
+            raise RuntimeError(f"the server computed {timings['prompt_n']} + {timings['predicted_n']} tokens")
+        return Answer(timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3, None)
+
+    def tokens(self, ids: list[int], new: int) -> list[int]:
+        """The token ids of the answer, which the server tells only with probabilities, for which it takes longer."""
+        if len(self._tokens) < new:
+            told = self._server.handle_completions({**self._request(ids, new), "logprobs": 1})
+            self._tokens = [int(t["id"]) for t in told["choices"][0]["logprobs"]["content"]]
+        return self._tokens
+
+    def _request(self, ids: list[int], new: int) -> dict[str, Any]:
+        return {
             "prompt": ids, "n_predict": new, "cache_prompt": False, "ignore_eos": True, "temperature": 0,
             "samplers": ["top_k"], "top_k": 1, "repeat_penalty": 1.0,
         }  # fmt: skip
-        if self._tokens is None or len(self._tokens) < new:
-            told = self._server.handle_completions({**request, "logprobs": 1})
-            self._tokens = [int(t["id"]) for t in told["choices"][0]["logprobs"]["content"]]
-        timings = self._server.handle_completions(request)["timings"]
-        if timings["cache_n"] or timings["prompt_n"] != len(ids) or timings["predicted_n"] != new:
-            raise RuntimeError(f"the server computed {timings['prompt_n']} + {timings['predicted_n']} tokens")
-        return Answer(timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3, self._tokens[:new])
 
 
 class LlamaCppPython:
@@ -112,8 +118,8 @@ class LlamaCppPython:
 
     def _next(self, ids: list[int]) -> int:
         c, context = self._c, self._model.ctx
-        batch = c.llama_batch_get_one((c.llama_token * len(ids))(*ids), len(ids))
-        if c.llama_decode(context, batch):
+        tokens = (c.llama_token * len(ids))(*ids)  # the batch only points at them
+        if c.llama_decode(context, c.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError("llama_decode failed")
         logits = c.llama_get_logits_ith(context, -1)
         return int(self._np.ctypeslib.as_array(logits, shape=(self._model.n_vocab(),)).argmax())
@@ -178,8 +184,8 @@ CONTENDERS = (
     Contender("transload w4a8", "transload", _own("w4a8"), own=True),
     Contender("transformers bf16", "transload", _own("bf16"), own=True),
     Contender("transformers fp32", "transload", _own("fp32"), own=True),
-    Contender("llama.cpp (xllamacpp)", "xllamacpp", XLlama, reads_gguf=True),
-    Contender("llama.cpp (llama-cpp-python)", "llama_cpp", LlamaCppPython, reads_gguf=True),
+    Contender("llama.cpp, xllamacpp", "xllamacpp", XLlama, reads_gguf=True),
+    Contender("llama-cpp-python", "llama_cpp", LlamaCppPython, reads_gguf=True),
     Contender("onnxruntime-genai", "onnxruntime_genai", Genai),
 )
 

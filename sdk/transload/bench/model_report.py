@@ -27,13 +27,14 @@ def table(result: Result) -> Table:
     out.add_column("engine", no_wrap=True)
     first = result.rows[0]
     heads = [f"prompt {first.prompt_tokens}\ntokens/s", f"decode {first.decode_tokens}\ntokens/s", "of read\nbandwidth"]
-    heads += ["first\ntoken s", "first token\nafter load", "load s", "peak MB", "same\ntokens"]
+    heads += ["first token s\nwarm   cold", "load s", "peak MB", "same\ntokens"]
     ours = _ours(result.rows)
     heads += [f"{_SHORT[name]} faster\nprompt  decode" for name in ours]
     for head in heads:
         out.add_column(head, justify="right")
     for r in result.rows:
         cells = _cells(r)
+        cells[4:6] = [f"{cells[4]}  {cells[5]:>5}"]
         ratios = (f"{_times(r.faster[n][0])}  {_times(r.faster[n][1])}" if n in r.faster else "" for n in ours)
         out.add_row(*cells, *ratios)
     return out
@@ -58,7 +59,7 @@ def warnings(result: Result) -> list[str]:
     lines += [f"{r.name} used {r.idle:.0%} of a core while others were measured" for r in busy(result.rows)]
     has_avx512 = _processor_has("avx512f")
     for r in result.rows:
-        if r.name.startswith("llama.cpp") and has_avx512 and "AVX512" not in r.detail:
+        if r.name.startswith("llama") and has_avx512 and "AVX512" not in r.detail:
             lines.append(f"{r.name} is a build without AVX512, which this processor has: build it here for its best")
     return lines
 

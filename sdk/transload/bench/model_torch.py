@@ -37,7 +37,7 @@ class Transload:
         ran = report(self._model)
         kernels = dict.fromkeys(f"{m.kernel} {m.executed}" for m in ran.modules if m.kind != "embedding")
         self.versions = {"transload": transload.__version__, "torch": torch.__version__}
-        self.detail = ", ".join(kernels) or "float"
+        self.detail = ", ".join(kernels) + f"; decoder: {ran.decoder}"
         self.weight_bytes = touched_bytes(self._model)
 
     def answer(self, ids: list[int], text: str, new: int) -> Answer:

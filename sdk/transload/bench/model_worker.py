@@ -1,6 +1,7 @@
 """One engine with its model in a process of its own: `python model_worker.py`, one JSON line in, one out.
 
-{"load": name, "job": {...}}             -> {"seconds": 1.2, "versions": {}, "detail": "...", "weight_bytes": 100}
+{"load": name, "job": {...}, "clock": "wall"}
+                                         -> {"seconds": 1.2, "versions": {}, "detail": "...", "weight_bytes": 100}
 {"ids": [...], "text": "...", "new": 128, "clock": "wall"}
                                          -> {"prompt": 0.5, "decode": 4.0, "tokens": [...], "peak": bytes}
 
@@ -33,6 +34,8 @@ def main() -> None:
                 engine, answer = _loaded(peers, request)
             else:
                 answer = {**_answered(engine, request), "peak": memory.peak_memory()}
+                if answer["tokens"] is None:
+                    answer["tokens"] = engine.tokens(request["ids"], request["new"])
         except Exception as e:
             answer = {"reason": peers.first_line(e)}
         replies.write(json.dumps(answer) + "\n")
@@ -46,9 +49,10 @@ def _loaded(peers: Any, request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     importlib.import_module(found.module)
     if found.own:
         importlib.import_module("transload.bench.model_torch")
-    start = time.perf_counter()
+    now = time.process_time if request["clock"] == "cpu" else time.perf_counter
+    start = now()
     engine = found.load(peers.Job(**request["job"]))
-    seconds = time.perf_counter() - start
+    seconds = now() - start
     described = {"versions": engine.versions, "detail": engine.detail, "weight_bytes": engine.weight_bytes}
     return engine, {"seconds": seconds, **described}
 
