@@ -25,9 +25,12 @@ _AVX512 = (
     *_AVX2,
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"),
 )
+_EXACT = ("-ffp-contract=off",)  # every step rounds, as in torch: no multiplication is fused with an addition
 _FLAGS = {
     "decoder_avx2.cpp": _AVX2,
     "decoder_avx512.cpp": _AVX512,
+    "dequantize.cpp": _EXACT,
+    "dequantize_avx512.cpp": (*_AVX512, *_EXACT),
     "kernel_avx2.cpp": _AVX2,
     "kernel_avx_vnni.cpp": (*_AVX2, "-mavxvnni"),
     "kernel_avx512.cpp": _AVX512,
@@ -39,6 +42,7 @@ _MACHINES = {
     "x86_64": (
         "decoder_avx2.cpp",
         "decoder_avx512.cpp",
+        "dequantize_avx512.cpp",
         "kernel_avx2.cpp",
         "kernel_avx_vnni.cpp",
         "kernel_avx512.cpp",

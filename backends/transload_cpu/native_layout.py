@@ -83,16 +83,23 @@ def rows(p: Packed, index: Tensor) -> QTensor:
     return parts.weight(p)
 
 
-def dequantize(p: Packed, dtype: torch.dtype) -> Tensor:
-    """The weight as floats [N, K] or [E, N, K] (a transposed view), inputs in their original order."""
-    packed = p.tensors["packed"]
-    lead = () if p.experts is None else (p.experts,)
-    out = torch.empty(*lead, p.k, p.n, dtype=dtype)
+def dequantize(p: Packed, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor:
+    """Outputs first .. first + count - 1 (default: all) as floats [count, K], or [E, N, K] of a whole stacked weight.
+
+    The float32 value of `QTensor.dequantize`, rounded once to `dtype`: float32, bfloat16 or float16. Outputs of stacked
+    experts are counted one expert after the other. Raises ConfigError for another dtype or outputs that are not there.
+    """
+    outputs = p.n * (p.experts or 1)
+    count = outputs - first if count is None else count
+    if dtype not in DTYPES or first < 0 or count < 0 or first + count > outputs:
+        raise ConfigError(f"kernel '{p.kernel}': outputs {first}..{first + count} of {outputs} as {dtype}")
+    packed, out = p.tensors["packed"], torch.empty(count, p.k, dtype=dtype)
+    threads = torch.get_num_threads()
     status = load().tl_dequantize(
-        packed.data_ptr(), packed.numel(), DTYPES[dtype], out.data_ptr(), torch.get_num_threads()
+        packed.data_ptr(), packed.numel(), first, count, DTYPES[dtype], out.data_ptr(), threads
     )
     check(status, "dequantize")
-    return out.transpose(-1, -2)
+    return out if p.experts is None or count < outputs else out.view(p.experts, p.n, p.k)
 
 
 class _Parts:

@@ -137,7 +137,7 @@ _SIGNATURES = {
     "tl_describe": (c_void_p, c_int64, POINTER(Geometry)),
     "tl_unpack": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
     "tl_rows": (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
-    "tl_dequantize": (c_void_p, c_int64, c_int32, c_void_p, c_int32),
+    "tl_dequantize": (c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_int32),
     "tl_matmul": (POINTER(Product),),
     "tl_decoder_new": (POINTER(DecoderShape), c_void_p, c_void_p, c_int64, POINTER(c_void_p)),
     "tl_decoder_step": (c_void_p, POINTER(DecoderToken)),

@@ -199,11 +199,37 @@ def test_one_layout_serves_every_instruction_set() -> None:
     assert all(torch.equal(blob, blobs[0]) for blob in blobs)
 
 
-def test_dequantized_weight_equals_the_neutral_one() -> None:
-    for zero in (Zero.MIDPOINT, Zero.CODES, Zero.FLOATS, Zero.MINS):
-        w = random_weight(QuantSpec(4, 32, zero=zero, scale_dtype=FP16), 40, 100)
-        floats = native_layout.dequantize(KERNELS[0].pack(w), FP32)
-        assert torch.allclose(floats, w.dequantize(), rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("zero", [z for z in Zero if z is not Zero.NONE], ids=lambda z: z.value)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_dequantized_weights_are_the_reference_rounded_once(bits: int, zero: Zero) -> None:
+    """Bit for bit, for whole weights and for slabs that begin and end inside a panel, in every order of inputs."""
+    random = torch.Generator().manual_seed(bits)
+    for group, k, scales in ((8, 100, FP16), (32, 1, FP32), (32, 333, BF16), (48, 96, FP16), (PER_CHANNEL, 77, FP32)):
+        for act_order in (False, True):
+            w = random_weight(QuantSpec(bits, group, zero=zero, scale_dtype=scales), 75, k)
+            if act_order:
+                order = torch.randperm(k, generator=random)
+                g_idx = w.group_of_k()[order].int()
+                w = replace(w, spec=replace(w.spec, act_order=True), codes=w.codes[:, order].contiguous(), g_idx=g_idx)
+            packed = KERNELS[0].pack(w)
+            for dtype in (FP32, BF16, FP16):
+                exact = w.dequantize().to(dtype)
+                assert torch.equal(native_layout.dequantize(packed, dtype), exact), (w.spec, dtype)
+                assert torch.equal(native_layout.dequantize(packed, dtype, 21, 33), exact[21:54]), (w.spec, dtype)
+
+
+def test_dequantized_subnormals_infinities_and_experts() -> None:
+    """Values that bfloat16 instructions would flush, and stacked experts as one row of outputs."""
+    w = random_weight(QuantSpec(4, 32, scale_dtype=FP32), 40, 64, experts=3)
+    w.scales[0, :9, 0] = torch.tensor([0.0, 1e-45, -1e-40, 9e-39, torch.inf, -torch.inf, 3e38, 1e-38, -0.0])
+    packed = KERNELS[0].pack(w)
+    for dtype in (FP32, BF16):
+        exact, found = w.dequantize().to(dtype), native_layout.dequantize(packed, dtype)
+        assert found.shape == (3, 40, 64)
+        assert torch.equal(found.nan_to_num(7), exact.nan_to_num(7))
+        assert torch.equal(native_layout.dequantize(packed, dtype, 70, 45), exact.flatten(0, 1)[70:115])
+    with pytest.raises(ConfigError, match=r"outputs 100\.\.121 of 120"):
+        native_layout.dequantize(packed, FP32, 100, 21)
 
 
 HOSTILE_BYTES = {

@@ -99,16 +99,6 @@ const Isa *find_bf16(const Isa &isa, const Plan &plan, int64_t rows, int32_t x_d
   return nullptr;
 }
 
-const Isa &best_isa() {
-#if defined(__x86_64__)
-  if (tl_supported() >> TL_AVX512_VNNI & 1) return avx512_vnni_isa;
-  if (tl_supported() >> TL_AVX2 & 1) return avx2_isa;
-#elif defined(__aarch64__)
-  if (tl_supported() >> TL_NEON_DOTPROD & 1) return dotprod_isa;
-#endif
-  return portable_isa;
-}
-
 }  // namespace transload
 
 extern "C" uint32_t tl_supported(void) {

@@ -31,10 +31,6 @@ struct Isa {
   // out[i] + bias[i] for i < n as x's type. bias may be null.
   void (*store_row)(const float *out, const float *bias, int n, void *y, int64_t at, int32_t dtype);
 
-  // The first `outputs` outputs of a panel as floats: out [k][n] of dtype, at the panel's first column.
-  void (*dequantize)(const Layout &layout, const Panel &panel, const int32_t *order, int outputs, int32_t dtype,
-                     uint8_t *out);
-
   // Around every parallel region, on every thread; null when there is nothing to do.
   void (*enter)(const Plan &plan);
   void (*leave)();
@@ -54,9 +50,6 @@ const Isa *find_isa(int32_t isa, const Plan &plan, int64_t rows);
 // The table for bfloat16 activations in place of `isa`, null where 15-bit integers are faster or nothing better is
 // there: with few rows, unpacking to bfloat16 costs more than it saves. rows counts both rows of a token.
 const Isa *find_bf16(const Isa &isa, const Plan &plan, int64_t rows, int32_t x_dtype);
-
-// The widest vectors that this CPU has, for everything that is not a product.
-const Isa &best_isa();
 
 #if defined(__x86_64__)
 bool amx_suits(const Plan &plan, int64_t rows);

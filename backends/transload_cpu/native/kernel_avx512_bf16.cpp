@@ -1,8 +1,8 @@
 // AVX512-BF16: bfloat16 activations as they are, times codes as whole numbers in bfloat16, summed in float32 and scaled
 // once per segment: both factors are exact, and nothing is rounded but the sums.
 //
-// With small groups and many rows, scaling so often costs a tenth of the time. There the weights are scaled when they are
-// unpacked, which rounds them to bfloat16, and sums run over a whole pass.
+// With small groups and many rows, scaling so often costs a tenth of the time. There the weights are scaled when they
+// are unpacked, which rounds them to bfloat16, and sums run over a whole pass.
 #include <utility>
 
 #include "unpack_bf16.h"
@@ -158,7 +158,7 @@ void store_halves(const float *out, const float *bias, int n, void *y, int64_t a
 
 }  // namespace
 
-const Isa avx512_bf16_isa = {"avx512-bf16", kRows, 1, 8, 2 << 20, read_halves, place_halves, multiply, store_halves,
-                             dequantize, nullptr, nullptr};
+const Isa avx512_bf16_isa = {"avx512-bf16", kRows,    1,            8,       2 << 20, read_halves,
+                             place_halves,  multiply, store_halves, nullptr, nullptr};
 
 }  // namespace transload

@@ -1,4 +1,4 @@
-// Packing, its exact inverse, and dequantization. The layout is drawn in layout.h.
+// Packing and its exact inverse. The layout is drawn in layout.h.
 #include <algorithm>
 #include <cstring>
 
@@ -192,22 +192,6 @@ extern "C" int32_t tl_rows(const void *packed, int64_t packed_bytes, const int64
       side_out(from.zeros, l.groups, j, 1, l.zero_bytes, static_cast<uint8_t *>(zeros) + i * l.groups * l.zero_bytes);
   }
   if (order) std::memcpy(order, order_of(l, packed), static_cast<size_t>(l.geometry.k) * 4);
-  return TL_OK;
-}
-
-extern "C" int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int32_t dtype, void *out,
-                                 int32_t threads) {
-  Layout l;
-  const tl_status status = read_header(packed, packed_bytes, &l);
-  if (status != TL_OK) return status;
-  if (!out || threads < 1 || dtype < TL_FLOAT32 || dtype > TL_FLOAT16) return TL_BAD_ARGUMENT;
-  const int64_t n = l.geometry.n, k = l.geometry.k, all = l.geometry.experts * l.panels;
-  const Isa &isa = best_isa();
-  parallel(threads, all, [&](int64_t index, int) {
-    const int64_t expert = index / l.panels, panel = index % l.panels, at = expert * k * n + panel * kPanel;
-    isa.dequantize(l, panel_at(l, packed, expert, panel), order_of(l, packed), outputs_of(l, panel), dtype,
-                   static_cast<uint8_t *>(out) + at * dtype_bytes(dtype));
-  });
   return TL_OK;
 }
 

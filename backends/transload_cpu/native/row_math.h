@@ -88,36 +88,6 @@ void store_row(const float *out, const float *bias, int n, void *y, int64_t at, 
   for (int i = 0; i < n; i++) halves[i] = dtype == TL_BFLOAT16 ? to_bfloat16(sums[i]) : to_float16(sums[i]);
 }
 
-// Scales and offsets of 32 outputs in one group: weight = scale * code + offset.
-inline void read_side(const tl_geometry &g, const Panel &panel, int64_t at, float *scale, float *zero) {
-  for (int j = 0; j < kPanel; j++) scale[j] = read_float(panel.scales, at + j, g.scale_dtype);
-  for (int j = 0; j < kPanel; j++) {
-    zero[j] = static_cast<float>(g.midpoint);
-    if (g.zero == TL_ZERO_CODES) zero[j] = panel.zeros[at + j];
-    if (g.zero >= TL_ZERO_FLOATS) zero[j] = read_float(panel.zeros, at + j, g.scale_dtype);
-  }
-}
-
-void dequantize(const Layout &l, const Panel &panel, const int32_t *order, int outputs, int32_t dtype, uint8_t *out) {
-  const tl_geometry &g = l.geometry;
-  const int64_t group = g.group_size == -1 ? l.kp : g.group_size;
-  const uint32_t mask = g.bits == 4 ? 15 : 255;
-  float scale[kPanel], zero[kPanel], row[kPanel];
-  for (int64_t k = 0; k < g.k; k++) {
-    if (k % group == 0) read_side(g, panel, k / group * kPanel, scale, zero);
-    uint32_t words[kPanel];
-    const uint8_t *from = panel.codes + k / 8 * l.step_bytes + (g.bits == 8 ? k % 8 / 4 * 128 : 0);
-    std::memcpy(words, from, sizeof words);
-    const auto shift = static_cast<uint32_t>(k % 4 * 8 + (g.bits == 4 ? k % 8 / 4 * 4 : 0));
-    for (int j = 0; j < kPanel; j++) row[j] = static_cast<float>(static_cast<int32_t>(words[j] >> shift & mask));
-    if (g.zero == TL_ZERO_MINS)
-      for (int j = 0; j < kPanel; j++) row[j] = scale[j] * row[j] + zero[j];
-    else
-      for (int j = 0; j < kPanel; j++) row[j] = scale[j] * (row[j] - zero[j]);
-    store_row(row, nullptr, outputs, out, (order ? order[k] : k) * g.n, dtype);
-  }
-}
-
 // Tile after tile, for the instruction sets that need nothing in common between tiles.
 template <void (*MULTIPLY_TILE)(const Plan &, const Panel &, const Tile &, int, float *)>
 void multiply_each(const Plan &p, const Panel &panel, const TileRun &tiles, float *out) {

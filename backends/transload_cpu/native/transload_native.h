@@ -86,8 +86,10 @@ TL_API int32_t tl_unpack(const void *packed, int64_t packed_bytes, uint8_t *code
 TL_API int32_t tl_rows(const void *packed, int64_t packed_bytes, const int64_t *index, int64_t count, uint8_t *codes,
                        void *scales, void *zeros, int32_t *order);
 
-// The weight as floats [experts, k, n] of `dtype`, in the original order of inputs: the right-hand side of x * w.
-TL_API int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int32_t dtype, void *out, int32_t threads);
+// Outputs first .. first + count - 1, of all experts' one after the other, as floats [count, k] of `dtype`, inputs in
+// their original order: (code - zero) * scale or code * scale + min in float32, then rounded to nearest even once.
+TL_API int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int64_t first, int64_t count, int32_t dtype,
+                             void *out, int32_t threads);
 
 typedef struct {
   const void *packed;
