@@ -53,6 +53,7 @@ class NativeDecoder(DecoderStep):
         for layer, out in zip(d.layers, layers, strict=True):
             for name in _NORMS:
                 setattr(out, name, self._floats(getattr(layer, name)))
+            out.window = layer.window or 0
             for name in _LINEARS:
                 parts = list(self._parts(getattr(layer, name), name))
                 setattr(out, name, len(parts))

@@ -88,6 +88,7 @@ class DecoderLayer(ctypes.Structure):
         ("after_attention", c_void_p),
         ("mlp_norm", c_void_p),
         ("after_mlp", c_void_p),
+        ("window", c_int64),
         ("qkv", c_int32),
         ("out", c_int32),
         ("gate_up", c_int32),

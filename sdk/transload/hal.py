@@ -88,6 +88,7 @@ class DecoderLayer:
 
     qkv: outputs of the queries, then keys, then values. gate_up: the gate's outputs before the up's. Norms are weights
     of root-mean-square norms, of a whole vector or, for q and k, of one head; None where the model has none.
+    window: tokens that a token sees, itself among them; None for all.
     """
 
     attention_norm: Tensor
@@ -100,6 +101,7 @@ class DecoderLayer:
     out: DecoderLinear
     gate_up: DecoderLinear
     down: DecoderLinear
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,9 +144,9 @@ class Kernel(ABC):
 
     name: ClassVar[str]
 
-    # Names the layout of `pack` and its version where it depends on nothing but the weight (activations and device leave
-    # it as it is) and `place` keeps it in host memory: such tensors may be written to a file and mapped by a later
-    # process, also for another kernel of the same layout. None: packed anew by every process.
+    # Names the layout of `pack` and its version where it depends on nothing but the weight (activations and device
+    # leave it as it is) and `place` keeps it in host memory: such tensors may be written to a file and mapped by a
+    # later process, also for another kernel of the same layout. None: packed anew by every process.
     layout: ClassVar[str | None] = None
 
     @abstractmethod

@@ -38,9 +38,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("Llama", {**LLAMA, **FOUR, "rope_parameters": YARN}),
     "llama-dynamic": ("Llama", {**LLAMA, **FOUR, "rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
     "mistral-dim128": ("Mistral", {**LLAMA, **FOUR, "head_dim": 128, "sliding_window": None}),
+    "mistral-window": ("Mistral", {**LLAMA, **FOUR, "sliding_window": 8}),
+    "qwen2-window-above-layer-1": (
+        "Qwen2",
+        {**LLAMA, **FOUR, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
     "qwen2": ("Qwen2", {**LLAMA, **FOUR, "hidden_size": 128, "num_key_value_heads": 4}),
     "qwen3-dim96": ("Qwen3", {**LLAMA, **FOUR, "head_dim": 96, "num_attention_heads": 6}),
-    "phi3": ("Phi3", {**LLAMA, **FOUR, "sliding_window": None, "pad_token_id": 0, "hidden_size": 256}),
+    "phi3": ("Phi3", {**LLAMA, **FOUR, "sliding_window": 300, "pad_token_id": 0, "hidden_size": 256}),
     "glm": ("Glm", {**LLAMA, **FOUR, "head_dim": 64, "pad_token_id": 0}),
     "glm4": ("Glm4", {**LLAMA, **FOUR, "head_dim": 64, "pad_token_id": 0, "attention_bias": True}),
 }
@@ -146,6 +151,20 @@ def test_a_conversation_goes_on_with_its_cache(llama: PreTrainedModel, steps: li
     second = decode(llama, TOKENS[:, 10:], 8, cache)  # eight more tokens at once, then one by one
     assert distance(second, plainly(llama, TOKENS, 5)[13:]) < 5e-4
     assert len(steps) == 5 + 12
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "qwen2-window-above-layer-1"])
+def test_windows_slide_over_prompts_and_conversations(name: str, tmp_path: Path) -> None:
+    model = tiny(name, tmp_path)
+    want = plainly(model, TOKENS, 12)
+    assert distance(decode(model, TOKENS, 12), want) < 5e-4  # the prompt is longer than the window
+    cache = DynamicCache(config=model.config)
+    decode(model, TOKENS[:, :15], 4, cache)
+    assert distance(decode(model, TOKENS[:, 15:], 6, cache), want[9:]) < 5e-4
+    dropped = DynamicCache(config=model.config)  # transformers' own layers have let the first tokens go
+    with Plain(model) as plain:
+        decode(plain, TOKENS[:, :20], 12, dropped)
+    assert distance(decode(model, TOKENS[:, 20:], 1, dropped), want[9:]) < 5e-4
 
 
 def test_a_cache_that_transformers_filled_is_taken_over(llama: PreTrainedModel, steps: list[int]) -> None:
@@ -355,8 +374,8 @@ def test_the_report_says_what_decodes_and_why_not(llama: PreTrainedModel, tmp_pa
     make("qwen3-moe", tmp_path / "moe")
     moe = transload.load(tmp_path / "moe", quantize=TransloadConfig(group_size=32, device="cpu"))
     assert decoder_of(moe) == "transformers (Qwen3MoeModel is not a family that decodes natively)"
-    config = transformers.MistralConfig(**{**LLAMA, **FOUR}, sliding_window=8)
-    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "window")
-    window = transload.load(tmp_path / "window", quantize=TransloadConfig(group_size=32, device="cpu"))
-    assert "sliding window" in decoder_of(window)
+    config = transformers.LlamaConfig(**{**LLAMA, **FOUR}, hidden_act="gelu")
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "gelu")
+    gelu = transload.load(tmp_path / "gelu", quantize=TransloadConfig(group_size=32, device="cpu"))
+    assert decoder_of(gelu) == "transformers (its activation is gelu)"
     assert report(torch.nn.Linear(2, 2)).decoder == ""

@@ -31,10 +31,12 @@ class Pieces {
   int64_t used_ = 0;
 };
 
+// Runs of tokens that attention is cut into.
+int64_t parts_of(int64_t tokens) { return (tokens + kTokensPerPart - 1) / kTokensPerPart; }
+
 struct Run {
   const Decoder *decoder;
   const tl_decoder_token *token;
-  int64_t parts;  // runs of tokens in attention
   float *x, *normed, *qkv, *attended, *gated, *gate_up, *scores, *largest, *sum, *partial;
   uint8_t *scratch;
 };
@@ -42,8 +44,8 @@ struct Run {
 int64_t cut(const Decoder &d, const tl_decoder_token &t, uint8_t *memory, Run *run) {
   const tl_decoder_shape &s = d.shape;
   Pieces pieces(memory);
-  const int64_t tokens = t.length + 1, parts = (tokens + kTokensPerPart - 1) / kTokensPerPart, queries = s.heads * s.head_dim;
-  *run = {&d, &t, parts, pieces.floats(s.hidden), pieces.floats(s.hidden),
+  const int64_t parts = parts_of(t.length + 1), queries = s.heads * s.head_dim;
+  *run = {&d, &t, pieces.floats(s.hidden), pieces.floats(s.hidden),
           pieces.floats(queries + 2 * s.kv_heads * s.head_dim), pieces.floats(queries), pieces.floats(s.intermediate),
           pieces.floats(2 * s.intermediate), pieces.floats(parts * s.heads * kTokensPerPart), pieces.floats(parts * s.heads),
           pieces.floats(parts * s.heads), pieces.floats(parts * queries), pieces.bytes(d.quantized_bytes)};
@@ -56,14 +58,14 @@ void *head_at(const Run &r, void *base, int64_t head, int64_t token) {
 }
 
 // Queries are normed, turned and scaled in place; the new key and value go to the cache.
-void place_token(const Run &r, const DecoderLayer &l, int64_t layer) {
+void place_token(const Run &r, const DecoderLayer &l, size_t layer) {
   const tl_decoder_shape &s = r.decoder->shape;
   const DecoderMath &math = *r.decoder->math;
   const tl_decoder_token &t = *r.token;
   for (int64_t h = 0; h < s.heads + s.kv_heads; h++) {
     const bool query = h < s.heads;
     float *head = r.qkv + h * s.head_dim;
-    if (const float *norm = query ? l.norms.q_norm : l.norms.k_norm) math.rms_norm(head, norm, s.head_dim, s.eps, head);
+    if (const float *norm = query ? l.given.q_norm : l.given.k_norm) math.rms_norm(head, norm, s.head_dim, s.eps, head);
     math.rotate(head, t.cos, t.sin, s.rotary, s.interleaved != 0);
     for (int64_t i = 0; query && i < s.head_dim; i++) head[i] *= s.scaling;
   }
@@ -74,21 +76,22 @@ void place_token(const Run &r, const DecoderLayer &l, int64_t layer) {
   }
 }
 
-void attend(const Run &r, int64_t layer) {
+void attend(const Run &r, size_t layer) {
   const tl_decoder_shape &s = r.decoder->shape;
   const tl_decoder_token &t = *r.token;
   const DecoderMath &math = *r.decoder->math;
-  const int64_t queries = s.heads / s.kv_heads, tokens = t.length + 1;
-  const int64_t bytes = 2 * tokens * s.kv_heads * s.head_dim * dtype_bytes(t.cache_dtype);
-  parallel(bytes < (96 << 10) ? 1 : t.threads, s.kv_heads * r.parts, [&](int64_t item, int) {
+  const int64_t queries = s.heads / s.kv_heads, tokens = t.length + 1, window = r.decoder->layers[layer].given.window;
+  const int64_t start = window > 0 ? std::max<int64_t>(0, tokens - window) : 0, parts = parts_of(tokens - start);
+  const int64_t bytes = 2 * (tokens - start) * s.kv_heads * s.head_dim * dtype_bytes(t.cache_dtype);
+  parallel(bytes < (96 << 10) ? 1 : t.threads, s.kv_heads * parts, [&](int64_t item, int) {
     const int64_t head = item % s.kv_heads, part = item / s.kv_heads, first = part * s.heads + head * queries;
     const Attention a{r.qkv + head * queries * s.head_dim, head_at(r, t.keys[layer], head, 0),
-                      head_at(r, t.values[layer], head, 0), s.head_dim, queries, part * kTokensPerPart,
-                      std::min((part + 1) * kTokensPerPart, tokens), t.cache_dtype};
+                      head_at(r, t.values[layer], head, 0), s.head_dim, queries,
+                      start + part * kTokensPerPart, std::min(start + (part + 1) * kTokensPerPart, tokens), t.cache_dtype};
     math.attend(a, r.scores + first * kTokensPerPart, r.largest + first, r.sum + first, r.partial + first * s.head_dim);
   });
   for (int64_t h = 0; h < s.heads; h++)
-    math.join(r.parts, s.heads, r.largest + h, r.sum + h, r.partial + h * s.head_dim, s.head_dim,
+    math.join(parts, s.heads, r.largest + h, r.sum + h, r.partial + h * s.head_dim, s.head_dim,
               r.attended + h * s.head_dim);
 }
 
@@ -99,22 +102,22 @@ void add_to_x(const Run &r, const float *after, float *y) {
   r.decoder->math->add(y, s.hidden, r.x);
 }
 
-void run_layer(const Run &r, int64_t layer) {
-  const DecoderLayer &l = r.decoder->layers[static_cast<size_t>(layer)];
+void run_layer(const Run &r, size_t layer) {
+  const DecoderLayer &l = r.decoder->layers[layer];
   const tl_decoder_shape &s = r.decoder->shape;
   const DecoderMath &math = *r.decoder->math;
   const int threads = r.token->threads;
-  math.rms_norm(r.x, l.norms.attention_norm, s.hidden, s.eps, r.normed);
+  math.rms_norm(r.x, l.given.attention_norm, s.hidden, s.eps, r.normed);
   multiply(math, l.qkv, r.normed, r.scratch, threads, r.qkv);
   place_token(r, l, layer);
   attend(r, layer);
   multiply(math, l.out, r.attended, r.scratch, threads, r.normed);
-  add_to_x(r, l.norms.after_attention, r.normed);
-  math.rms_norm(r.x, l.norms.mlp_norm, s.hidden, s.eps, r.normed);
+  add_to_x(r, l.given.after_attention, r.normed);
+  math.rms_norm(r.x, l.given.mlp_norm, s.hidden, s.eps, r.normed);
   multiply(math, l.gate_up, r.normed, r.scratch, threads, r.gate_up);
   math.gate(r.gate_up, r.gate_up + s.intermediate, s.intermediate, r.gated);
   multiply(math, l.down, r.gated, r.scratch, threads, r.normed);
-  add_to_x(r, l.norms.after_mlp, r.normed);
+  add_to_x(r, l.given.after_mlp, r.normed);
 }
 
 // Memory of the calling thread, kept between tokens.
@@ -148,7 +151,7 @@ tl_status step(const Decoder &d, const tl_decoder_token &token) {
   const int64_t bytes = cut(d, token, nullptr, &run);
   cut(d, token, scratch.reserve(bytes + bytes / 2 / 64 * 64), &run);
   std::copy_n(token.x, d.shape.hidden, run.x);
-  for (int64_t i = 0; i < d.shape.layers; i++) run_layer(run, i);
+  for (size_t i = 0; i < d.layers.size(); i++) run_layer(run, i);
   d.math->rms_norm(run.x, d.shape.norm, d.shape.hidden, d.shape.eps, token.y);
   return TL_OK;
 }
@@ -163,8 +166,8 @@ bool valid(const tl_decoder_shape &s) {
 tl_status prepare_layer(const Decoder &d, const tl_decoder_layer &layer, const tl_linear **at, int64_t *left,
                         DecoderLayer *out) {
   const tl_decoder_shape &s = d.shape;
-  if (!layer.attention_norm || !layer.mlp_norm) return TL_BAD_ARGUMENT;
-  out->norms = layer;
+  if (!layer.attention_norm || !layer.mlp_norm || layer.window < 0) return TL_BAD_ARGUMENT;
+  out->given = layer;
   const int64_t queries = s.heads * s.head_dim;
   struct Want {
     int32_t count;

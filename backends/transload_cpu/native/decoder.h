@@ -25,7 +25,7 @@ struct Linear {
 };
 
 struct DecoderLayer {
-  tl_decoder_layer norms;
+  tl_decoder_layer given;
   Linear qkv, out, gate_up, down;
 };
 

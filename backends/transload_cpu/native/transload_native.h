@@ -121,6 +121,7 @@ typedef struct {
 // Norms are root-mean-square norms with weights [hidden] ([head_dim] for q and k), null where there is none.
 typedef struct {
   const float *attention_norm, *q_norm, *k_norm, *after_attention, *mlp_norm, *after_mlp;
+  int64_t window;                  // tokens that a token sees, itself among them; 0 for all
   int32_t qkv, out, gate_up, down; // parts of each linear layer, in this order in the decoder's linears
 } tl_decoder_layer;
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _LEAST_ROOM = 256  # tokens; a buffer that is full grows by this, or by a quarter
 
@@ -126,6 +126,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.key_room.length
 
 
+def _is_whole(layer: Any) -> bool:
+    """Whether a layer has every token; one with a sliding window has, before it drops the first."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        tokens = layer.keys.shape[-2] if layer.is_initialized and layer.keys.dim() == 4 else 0
+        return not layer.record_past and layer.cumulative_length == tokens
+    return type(layer) in (DynamicLayer, GrowingLayer)
+
+
 def even(rooms: list[Room]) -> None:
     """Gives all rooms the capacity of the largest, as one call for all layers expects it."""
     capacity = max(room.reserve(0).shape[2] for room in rooms)
@@ -134,13 +142,16 @@ def even(rooms: list[Room]) -> None:
 
 
 def make_growing(cache: DynamicCache, layers: int) -> bool:
-    """Puts growing layers in the place of a cache's plain ones; False, and no change, where it has any other kind."""
+    """Puts growing layers in the place of a cache's plain ones; False, and no change, where it has any other kind.
+
+    They keep all tokens, also of layers with a sliding window; masks and the step leave out those that are not seen.
+    """
     if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) > layers:
         return False
-    if any(type(layer) not in (DynamicLayer, GrowingLayer) for layer in cache.layers):
+    if not all(_is_whole(layer) for layer in cache.layers):
         return False
     for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
+        if type(layer) is not GrowingLayer:
             cache.layers[i] = GrowingLayer.taking_over(layer)
     cache.layers.extend(GrowingLayer() for _ in range(layers - len(cache.layers)))
     return True

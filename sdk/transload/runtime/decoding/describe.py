@@ -20,8 +20,12 @@ DTYPES = (torch.float32, torch.bfloat16)  # of activations
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What differs between decoders: neighbours turned as pairs, and the norms behind attention and MLP."""
+    """What differs between decoders: neighbours turned as pairs, and the norms behind attention and MLP.
 
+    windows: "none", "config" (one for all layers), or "layer" (each attention module has its own).
+    """
+
+    windows: str = "none"
     interleaved: bool = False
     after_attention: str | None = None
     after_mlp: str | None = None
@@ -30,12 +34,12 @@ class Family:
 # transformers' model class -> what is special about it. All are dense, with root-mean-square norms and SiLU gates.
 FAMILIES = {
     "LlamaModel": Family(),
-    "MistralModel": Family(),
-    "Qwen2Model": Family(),
-    "Qwen3Model": Family(),
-    "Phi3Model": Family(),
+    "MistralModel": Family("config"),
+    "Qwen2Model": Family("layer"),
+    "Qwen3Model": Family("layer"),
+    "Phi3Model": Family("config"),
     "GlmModel": Family(interleaved=True),
-    "Glm4Model": Family(True, "post_self_attn_layernorm", "post_mlp_layernorm"),
+    "Glm4Model": Family("none", True, "post_self_attn_layernorm", "post_mlp_layernorm"),
 }
 
 
@@ -47,11 +51,12 @@ def describe(model: PreTrainedModel) -> tuple[Decoder, Kernel]:
     config = model.config
     if config.hidden_act not in ("silu", "swish"):
         raise Unsupported(f"its activation is {config.hidden_act}")
-    if getattr(config, "sliding_window", None) is not None and _slides(config):
-        raise Unsupported(f"layers see {config.sliding_window} tokens only (sliding window)")
+    if family.windows == "none" and getattr(config, "sliding_window", None) is not None:
+        raise Unsupported(f"its configuration has a sliding window that {type(model).__name__} does not know")
     attention = model.layers[0].self_attn
     head_dim, heads, kv_heads = attention.head_dim, config.num_attention_heads, config.num_key_value_heads
-    layers = tuple(_layer(layer, family, f"layers.{i}") for i, layer in enumerate(model.layers))
+    window = config.sliding_window if family.windows == "config" else None
+    layers = tuple(_layer(layer, family, window, f"layers.{i}") for i, layer in enumerate(model.layers))
     decoder = Decoder(
         layers=layers[: config.num_hidden_layers],
         norm=_norm(model.norm, config.rms_norm_eps, "norm"),
@@ -85,11 +90,6 @@ def _tensors(d: Decoder) -> Iterator[object]:
                 yield from (weight.tensors["packed"] if isinstance(weight, Packed) else weight, bias)
 
 
-def _slides(config: object) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    return kinds is None or any(kind != "full_attention" for kind in kinds)
-
-
 def _kernel(model: Any) -> Kernel:
     for module in model.layers.modules():
         if isinstance(module, PackedWeight):
@@ -97,7 +97,7 @@ def _kernel(model: Any) -> Kernel:
     raise Unsupported("its layers are not quantized")
 
 
-def _layer(layer: Any, family: Family, name: str) -> DecoderLayer:
+def _layer(layer: Any, family: Family, config_window: int | None, name: str) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
     for module, inside in ((layer, name), (attention, f"{name}.self_attn"), (mlp, f"{name}.mlp")):
         _without_hooks(module, inside)
@@ -115,6 +115,7 @@ def _layer(layer: Any, family: Family, name: str) -> DecoderLayer:
         out=_linear(attention, name, ("o_proj",)),
         gate_up=_linear(mlp, name, ("gate_up_proj",), ("gate_proj", "up_proj")),
         down=_linear(mlp, name, ("down_proj",)),
+        window=attention.sliding_window if family.windows == "layer" else config_window,
     )  # fmt: skip
 
 

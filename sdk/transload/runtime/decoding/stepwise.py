@@ -120,7 +120,8 @@ class StepwiseModel(nn.Module):
                 return BaseModelOutputWithPast(last_hidden_state=state, past_key_values=past_key_values)
         elif not torch.compiler.is_compiling():
             self.prepare()
-            if self._prepared is not None and type(past_key_values) is DynamicCache:
+            one = token is not None and token.shape[0] == 1
+            if one and self._prepared is not None and type(past_key_values) is DynamicCache:
                 make_growing(past_key_values, len(self.inner.layers))
         return self.inner(
             input_ids=input_ids,
