@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Seconds until the first token was there, and of all further ones. Token ids; None: the engine's `tokens` tells."""
+    """Seconds to the first token, and of all further ones. Token ids; None: the engine's `tokens` tells them."""
 
     prompt_seconds: float
     decode_seconds: float
