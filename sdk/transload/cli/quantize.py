@@ -142,7 +142,7 @@ def _print_report(console: Console, report: QuantizeReport, every: bool) -> None
 
     groups: dict[tuple[str, str, str], list[Made]] = {}
     for m in report.modules:
-        groups.setdefault((m.name if every else short_role(m.name), m.scheme, m.method), []).append(m)
+        groups.setdefault((m.name if every else short_role(m.name), _short_scheme(m.scheme), m.method), []).append(m)
     rows = []
     for (role, scheme, method), made in groups.items():
         outputs = [m.output_sqnr for m in made if m.output_sqnr is not None]
@@ -151,7 +151,9 @@ def _print_report(console: Console, report: QuantizeReport, every: bool) -> None
         worst = f"{min(outputs):.1f} dB" if outputs else ""
         rows.append((role, scheme, method, seen, f"{min(m.weight_sqnr for m in made):.1f} dB", worst, str(len(made))))
     columns = ("module", "scheme", "method", ">tokens", ">weight", ">output", ">count")
-    console.print(table(columns, rows))
+    shown = table(columns, rows)
+    shown.columns[0].no_wrap = True
+    console.print(shown)
     port = report.port
     console.print(
         f"[bold]{escape(port.target)}[/]: {size(port.bytes_after)} in {report.seconds:.0f} s, calibrated with "
@@ -167,3 +169,10 @@ def _print_report(console: Console, report: QuantizeReport, every: bool) -> None
     answers = [(a.engine, "[red]no[/]" if a.command is None else "[green]yes[/]", escape(a.command or a.reason or ""))
                for a in port.engines]  # fmt: skip
     console.print(table(("engine", "", "command, or why not"), answers))
+
+
+def _short_scheme(scheme: str) -> str:
+    """A scheme for a narrow column: int8 channel sym fp16, a8 static."""
+    for long, short in ((" + int8 dynamic per token", ", a8"), (" + int8 static per tensor", ", a8 static")):
+        scheme = scheme.replace(long, short)
+    return scheme

@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from transload.errors import ConfigError, TransloadError, Unsupported
-from transload.quantize.recipe import LARGEST_FILE, Recipe, read_recipe
+from transload.quantize.recipe import LARGEST_FILE, Recipe, read_recipe, said
 
 _PRESETS = {
     "W4A16": "int4-g128", "W4A16_ASYM": "int4-g128-asym", "W8A16": "int8-channel", "W8A8": "int8-channel-a8",
@@ -109,7 +109,7 @@ def _imported(value: Mapping[str, Any], name: str) -> Imported:
             note = "the file says which schemes there are and not how codes were chosen: gptq"
             return Imported(found.recipe, (*found.notes, note), "a configuration of compressed-tensors")
     except ValidationError as e:
-        raise ConfigError("; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in e.errors()[:4])) from e
+        raise ConfigError(said(e)) from e
     except (TypeError, ValueError, AttributeError, KeyError) as e:
         raise ConfigError(f"a setting has a value of another kind than its tool gives it: {e}") from e
     raise ConfigError("neither a recipe of llm-compressor (no modifiers) nor of GPTQModel (no bits)")

@@ -146,7 +146,9 @@ def read_recipe(source: str | Path | Recipe) -> Recipe:
         known = shipped()
         if str(source) in known:
             return known[str(source)]
-        raise ConfigError(f"no recipe '{source}': there are {', '.join(known)}, and paths of .yaml files")
+        raise ConfigError(
+            f"no recipe '{source}': there are {', '.join(known)}, .yaml files, and .json files of GPTQModel"
+        )
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise ConfigError(f"{path}: larger than the {LARGEST_FILE} bytes that a recipe may have")
@@ -165,8 +167,15 @@ def _parse(text: str, where: str) -> Recipe:
     try:
         return Recipe.model_validate(value)
     except ValidationError as e:
-        wrong = [f"{'.'.join(str(p) for p in d['loc']) or 'recipe'}: {d['msg']}" for d in e.errors()]
-        raise ConfigError(f"{where}: {'; '.join(wrong[:4])}") from e
+        raise ConfigError(f"{where}: {said(e)}") from e
+
+
+def said(error: ValidationError) -> str:
+    """What pydantic found, in one line: place and reason, without the errors that follow from others."""
+    found = error.errors()
+    own = [d for d in found if d["type"] != "too_short"] or found  # a broken rule is missing from its list, too
+    wrong = (f"{'.'.join(str(p) for p in d['loc']) or 'recipe'}: {d['msg'].removeprefix('Value error, ')}" for d in own)
+    return "; ".join(list(wrong)[:4])
 
 
 def fitted(spec: QuantSpec, k: int) -> QuantSpec | None:
