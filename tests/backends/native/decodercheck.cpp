@@ -1,0 +1,177 @@
+// The decoder's step checked from C++ under sanitizers: see ci/sanitizers. Random decoders on every instruction set,
+// against the portable code; with more threads, and from several callers at once, bit for bit against one thread. The
+// caches have exactly the size that the interface asks for.
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "transload_native.h"
+
+namespace {
+
+std::mt19937 generator(1);
+
+int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+
+std::vector<float> gaussian(int64_t count, float mean, float deviation) {
+  std::normal_distribution<float> draw(mean, deviation);
+  std::vector<float> out(static_cast<size_t>(count));
+  for (float &v : out) v = draw(generator);
+  return out;
+}
+
+// Everything that a decoder points to.
+struct Model {
+  tl_decoder_shape shape{};
+  std::vector<tl_decoder_layer> layers;
+  std::vector<tl_linear> linears;
+  std::vector<std::vector<uint8_t>> packed;
+  std::vector<std::vector<float>> floats;
+
+  const float *keep(std::vector<float> values) {
+    floats.push_back(std::move(values));
+    return floats.back().data();
+  }
+
+  const float *norm(int64_t n) { return keep(gaussian(n, 1, 0.1f)); }
+};
+
+// Codes, scales and zeros of a random kind: weights of about 1 / sqrt(k).
+void add_packed(Model &m, int64_t n, int64_t k, bool bias) {
+  tl_geometry g{n, k, between(0, 3) ? 8 * between(1, 8) : -1, 1, between(0, 2) ? 4 : 8, 0, 0, TL_FLOAT32, 0, 0};
+  g.zero = static_cast<int32_t>(between(0, 1));  // a midpoint, or codes around it
+  const int middle = g.bits == 4 ? 8 : 128;
+  g.midpoint = g.zero == TL_ZERO_MIDPOINT ? middle : 0;
+  const int64_t groups = g.group_size == -1 ? 1 : (k - 1) / g.group_size + 1;
+  std::vector<uint8_t> codes(static_cast<size_t>(n * k)), zeros(static_cast<size_t>(n * groups), uint8_t(middle));
+  for (uint8_t &c : codes) c = static_cast<uint8_t>(between(0, 2 * middle - 1));
+  const float scale = 1.f / (static_cast<float>(middle) * std::sqrt(static_cast<float>(k)));
+  const std::vector<float> scales(static_cast<size_t>(n * groups), scale);
+  int64_t bytes = 0;
+  tl_packed_bytes(&g, &bytes);
+  m.packed.emplace_back(static_cast<size_t>(bytes));
+  tl_pack(&g, codes.data(), scales.data(), g.zero ? zeros.data() : nullptr, nullptr, m.packed.back().data(), bytes, 1);
+  const int32_t bits = between(0, 1) ? 8 : 16;
+  m.linears.push_back({m.packed.back().data(), bytes, n, k, bias ? m.keep(gaussian(n, 0, 0.1f)) : nullptr,
+                       between(0, 1) ? -1 : g.group_size, bits, 0});
+}
+
+void add_floats(Model &m, int64_t n, int64_t k) {
+  const float *weight = m.keep(gaussian(n * k, 0, 1 / std::sqrt(static_cast<float>(k))));
+  m.linears.push_back({weight, 0, n, k, nullptr, 0, 0, TL_FLOAT32});
+}
+
+// n outputs in one or several parts; returns how many.
+int32_t add_linear(Model &m, int64_t n, int64_t k) {
+  int32_t parts = 0;
+  while (n > 0) {
+    const int64_t rows = between(0, 1) ? n : between(1, n);
+    if (between(0, 4))
+      add_packed(m, rows, k, between(0, 1) != 0);
+    else
+      add_floats(m, rows, k);
+    n -= rows;
+    parts++;
+  }
+  return parts;
+}
+
+void fill(Model &m) {
+  const int64_t kv = between(1, 3), ratio = between(1, 4), dim = between(1, 48) * 2;
+  tl_decoder_shape &s = m.shape;
+  s = {between(1, 3), between(1, 160), kv * ratio, kv, dim, 2 * between(0, dim / 2), between(1, 200), 1e-5f,
+       1 / std::sqrt(static_cast<float>(dim)), static_cast<int32_t>(between(0, 1)), TL_PORTABLE, nullptr};
+  s.norm = m.norm(s.hidden);
+  for (int64_t i = 0; i < s.layers; i++) {
+    const auto maybe = [&](int64_t n) { return between(0, 1) ? m.norm(n) : nullptr; };
+    tl_decoder_layer l{m.norm(s.hidden), maybe(dim), maybe(dim), maybe(s.hidden), m.norm(s.hidden), maybe(s.hidden),
+                       between(0, 1) ? between(1, 20) : 0, 0, 0, 0, 0};
+    l.qkv = add_linear(m, (s.heads + 2 * kv) * dim, s.hidden);
+    l.out = add_linear(m, s.hidden, s.heads * dim);
+    l.gate_up = add_linear(m, 2 * s.intermediate, s.hidden);
+    l.down = add_linear(m, s.hidden, s.intermediate);
+    m.layers.push_back(l);
+  }
+}
+
+// Hidden states of `tokens` tokens, one step after the other; empty when a call fails.
+std::vector<float> decode(const void *decoder, const Model &m, const std::vector<float> &x, int64_t tokens, int32_t dtype,
+                          int threads) {
+  const tl_decoder_shape &s = m.shape;
+  const size_t room = static_cast<size_t>(s.kv_heads * tokens * s.head_dim * (dtype == TL_FLOAT32 ? 4 : 2));
+  std::vector<std::vector<uint8_t>> caches(static_cast<size_t>(2 * s.layers), std::vector<uint8_t>(room, 0xff));
+  std::vector<void *> keys, values;
+  for (size_t i = 0; i < caches.size(); i += 2) keys.push_back(caches[i].data()), values.push_back(caches[i + 1].data());
+  std::vector<float> out(x.size());
+  for (int64_t t = 0; t < tokens; t++) {
+    std::vector<float> cos, sin;
+    for (int64_t i = 0; i < s.rotary / 2; i++) {
+      const float angle = static_cast<float>(t) / static_cast<float>(i + 1);
+      cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
+    }
+    const tl_decoder_token token{x.data() + t * s.hidden, cos.data(), sin.data(), keys.data(), values.data(), tokens, t,
+                                 out.data() + t * s.hidden, dtype, threads};
+    const bool angles = s.rotary > 0;
+    tl_decoder_token given = token;
+    if (!angles) given.cos = given.sin = nullptr;
+    if (tl_decoder_step(decoder, &given) != TL_OK) return {};
+  }
+  return out;
+}
+
+double distance(const std::vector<float> &a, const std::vector<float> &b) {
+  double off = 0, all = 1e-30;
+  for (size_t i = 0; i < a.size(); i++) off += std::pow(double(a[i]) - b[i], 2), all += std::pow(double(b[i]), 2);
+  return std::sqrt(off / all);
+}
+
+bool check(const Model &m, int32_t dtype, int64_t tokens) {
+  const std::vector<float> x = gaussian(tokens * m.shape.hidden, 0, 1);
+  std::vector<float> portable;
+  bool good = true;
+  for (int32_t isa = TL_PORTABLE; isa <= TL_NEON_DOTPROD; isa++) {
+    if (!(tl_supported() >> isa & 1)) continue;
+    tl_decoder_shape shape = m.shape;
+    shape.isa = isa;
+    void *decoder = nullptr;
+    const auto count = static_cast<int64_t>(m.linears.size());
+    if (tl_decoder_new(&shape, m.layers.data(), m.linears.data(), count, &decoder) != TL_OK) return false;
+    const std::vector<float> one = decode(decoder, m, x, tokens, dtype, 1);
+    if (isa == TL_PORTABLE) portable = one;
+    // Rounding to 8 bits may fall to the other side; everything else is float32.
+    good = good && !one.empty() && distance(one, portable) < 0.1;
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> callers;
+    for (int threads = 1; threads < 4; threads++)
+      callers.emplace_back([&, threads] { wrong += decode(decoder, m, x, tokens, dtype, threads) != one; });
+    for (std::thread &c : callers) c.join();
+    good = good && wrong == 0;
+    tl_decoder_free(decoder);
+  }
+  return good;
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 60;
+  int failures = 0;
+  for (int i = 0; i < rounds; i++) {
+    Model m;
+    m.packed.reserve(1 << 10), m.floats.reserve(1 << 10);  // the decoder keeps addresses
+    fill(m);
+    const int64_t tokens = i % 10 == 0 ? 520 : between(1, 12);  // several runs of tokens in attention now and then
+    if (check(m, between(0, 1) ? TL_FLOAT32 : TL_BFLOAT16, tokens)) continue;
+    const tl_decoder_shape &s = m.shape;
+    std::printf("failed: hidden %d heads %d/%d dim %d rotary %d wide %d tokens %d\n", int(s.hidden), int(s.heads),
+                int(s.kv_heads), int(s.head_dim), int(s.rotary), int(s.intermediate), int(tokens));
+    failures++;
+  }
+  std::printf("%d decoders: %d failed\n", rounds, failures);
+  return failures != 0;
+}
