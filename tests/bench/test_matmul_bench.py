@@ -47,6 +47,11 @@ def test_experts_are_compared_with_loops_over_every_peer() -> None:
     assert row.errors["torch fp32"] < 1e-6
 
 
+def test_experts_without_rows_do_not_count_as_read() -> None:
+    case = cases.MatmulCase(32, 64, 2, 32, "w4a8", experts=4)
+    assert cases.operands(case, cases.weight_of(case)).used == 0.5
+
+
 def test_peers_compute_the_same_product() -> None:
     """Whatever is installed: no peer is off by more than its scheme explains."""
     case = cases.MatmulCase(64, 256, 4, 128, "w4a16")

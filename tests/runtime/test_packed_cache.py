@@ -134,6 +134,17 @@ def test_the_place_can_be_a_folder_or_a_file(folder: Path, tmp_path: Path) -> No
         load(folder, folder / "model.safetensors")
 
 
+def test_a_model_that_lies_partly_on_disk_keeps_the_rest(folder: Path) -> None:
+    expected = logits(transload.load(folder, device="cpu"))
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    for outcome in ("written to", "mapped from"):
+        spread = transload.load(folder, plan={**places, "model.layers.1": "disk"}, packed_cache=True)
+        assert outcome in told(spread)
+        assert torch.equal(logits(spread), expected)
+    assert "written to" in told(load(folder))  # the layer that was on the disk is added
+    assert "mapped from" in told(load(folder))
+
+
 def test_a_float_checkpoint_has_nothing_to_keep(tmp_path: Path) -> None:
     make("llama", tmp_path)
     with pytest.raises(ConfigError, match="is float"):

@@ -63,6 +63,11 @@ class Operands:
     x: Tensor
     counts: Tensor | None
 
+    @property
+    def used(self) -> float:
+        """The fraction of the weight that is read: experts without rows are not."""
+        return 1.0 if self.counts is None else float((self.counts > 0).float().mean())
+
     def truth(self, rows: int) -> Tensor:
         """The first rows of the product in float64, from the dequantized weight and unquantized x."""
         if self.counts is None:

@@ -63,7 +63,7 @@ def matmul(
         raise ConfigError(f"device '{device}': this command measures cpu and cuda; ci/device holds scripts for others")
     shapes = [cases.parse_shape(s) for s in shape or ()] or [*cases.SHAPES, cases.EXPERTS]
     chosen = list(cases.cases(shapes, rows or cases.ROWS, group or cases.GROUPS, scheme or cases.SCHEMES))
-    rates = measure(threads) if limits and backend.name == "cpu" else None
+    rates = measure(threads, checked_clock(clock)) if limits and backend.name == "cpu" else None
     console.print(f"[bold]{found.model}[/]  {found.arch}  {threads} threads, {len(chosen)} cases")
     if rates:
         read, int8, bf16 = rates.read / 1e9, rates.int8 / 1e9, rates.bf16 / 1e9

@@ -28,7 +28,8 @@ class Row:
     """One case. us: median microseconds of the chosen kernel; peers: of the others; faster: ratio to each of them.
 
     rel_err and errors are relative to the float64 product of the dequantized weight with unquantized activations.
-    read and peak are fractions of the measured limits: packed bytes over time, operations over time (int8 or bf16).
+    read and peak are fractions of the measured limits: packed bytes over time, operations over time (int8
+    or bf16). Weights that fit a cache are read faster than memory's limit.
     """
 
     n: int
@@ -139,7 +140,7 @@ def _one(case: MatmulCase, weights: _Weights, others: Sequence[Environment], fol
     us = {name: median(seconds) * 1e6 for name, seconds in times.items()}
     faster = {name: ratio(seconds, times[chosen]) for name, seconds in times.items() if name != chosen}
     best = min(times[chosen])
-    limits, nbytes = settings.limits, packed[chosen][1].nbytes
+    limits, nbytes = settings.limits, round(packed[chosen][1].nbytes * data.used)
     return Row(
         *(case.n, case.k, case.m, case.group, case.scheme, settings.threads, chosen, us.pop(chosen)),
         rel_err=errors.pop(chosen),

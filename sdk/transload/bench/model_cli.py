@@ -51,7 +51,7 @@ def model(
     console = Console()
     if not console.is_terminal:
         console = Console(width=132)
-    count = threads or len(os.sched_getaffinity(0))
+    count = threads or _cores()
     settings = Settings(
         *(count, prompt_tokens, decode_tokens, rounds, checked_clock(clock)),
         *(tuple(env or ()), tuple(only or ()), onnx, read_text(text), limits),
@@ -80,6 +80,11 @@ def model(
         model_report.write_markdown(result, markdown)
     if plot:
         model_report.plot(result, plot)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def checked_clock(name: str) -> Clock:

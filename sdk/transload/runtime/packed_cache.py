@@ -102,7 +102,8 @@ def binding(checkpoint: Checkpoint) -> str:
     infos = checkpoint.source.infos
     tensors = sorted((name, i.file.name, i.dtype, list(i.shape), i.start, i.end) for name, i in infos.items())
     reader = [checkpoint.format.name, type(checkpoint.format).__name__]
-    digest.update(json.dumps([__version__, transformers.__version__, reader, checkpoint.config, tensors]).encode())
+    facts = [__version__, transformers.__version__, reader, checkpoint.config, tensors]
+    digest.update(json.dumps(facts, default=str).encode())
     for path in sorted({info.file for info in infos.values()}):
         digest.update(_sampled(path))
     folder = checkpoint.path if checkpoint.path.is_dir() else None

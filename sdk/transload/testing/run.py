@@ -71,6 +71,8 @@ def _checked_pack(kernel: Kernel, w: QTensor) -> Packed:
     if (packed.kernel, packed.spec, packed.n, packed.k, packed.experts) != (kernel.name, w.spec, w.n, w.k, w.experts):
         raise _Wrong(f"the packed weight says {packed.kernel}, {packed.spec}, N={packed.n}, K={packed.k}")
     _check_unpack(kernel, packed, w, "unpack(pack(w))")
+    if kernel.layout is not None:
+        kernel.verify(packed)  # FormatError where a kernel does not recognize its own layout
     if w.experts is None:
         index = torch.tensor([w.n - 1, 0])
         try:
