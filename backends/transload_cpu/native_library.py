@@ -160,6 +160,9 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as e:
         raise BackendError(f"the native kernels do not load ({e}); '{ENABLE}' builds them anew") from e
+    absent = [name for name in (*_SIGNATURES, "tl_supported", "tl_decoder_free") if not hasattr(library, name)]
+    if absent:
+        raise BackendError(f"the native kernels are of another version, without {absent[0]}; '{ENABLE}' renews them")
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, c_int32

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from transload.errors import ConfigError
+from transload.errors import BackendError, ConfigError
 from transload.hal import Decoder, DecoderLayer, DecoderLinear, Packed
 from transload.quant import ActSpec, QTensor, QuantSpec, Zero
 from transload.reference import quantize_rtn
@@ -251,3 +252,8 @@ def test_wrong_caches_and_tokens_are_refused_before_they_are_read() -> None:
 
 def test_every_instruction_set_that_runs_here_is_among_the_cases() -> None:
     assert {k.isa for k in KERNELS} == {isa for isa in range(6) if native_library.supported(isa)}
+
+
+def test_a_library_of_another_version_is_said_to_be_one() -> None:
+    with pytest.raises(BackendError, match=r"of another version, without tl_packed_bytes; '.*' renews them"):
+        native_library.load.__wrapped__(Path(torch._C.__file__))
