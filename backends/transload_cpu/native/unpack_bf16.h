@@ -1,7 +1,7 @@
 // Packed codes as operands of the bfloat16 dot product. Unnamed namespace: see floats.h.
 //
 // A panel is unpacked in passes of about 256 inputs: 32 outputs of them are 16 KB, which stay in the L1 cache while
-// all rows pass. An operand is a vector of 16 outputs times 2 inputs, the pairs that one shift of a packed dword yields:
+// all rows pass. An operand is a vector of 16 outputs times 2 inputs, the pairs that one shift of packed dwords yields:
 // inputs (0, 2), (1, 3), (4, 6), (5, 7) of every eight.
 #pragma once
 
