@@ -3,8 +3,8 @@
     python examples/quantize_quality.py model.gguf work --recipes int4-g128 w4a8-g128 my.yaml
 
 Each recipe is quantized into a folder of its own below `work` (kept, and used again when it is there). The calibration
-text is the source code of standard library modules that examples/perplexity.py, which gives the evaluation text, does
-not read. Everything is deterministic for one version of Python.
+text is Python's reference manual and the source code of standard library modules; the evaluation text, which
+examples/perplexity.py gives, is docstrings of other modules. Everything is deterministic for one version of Python.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -32,17 +33,21 @@ CALIBRATION = (
     "rlcompleter.py", "runpy.py", "shlex.py", "socketserver.py", "symtable.py", "tabnanny.py", "textwrap.py",
     "trace.py", "tracemalloc.py", "webbrowser.py", "zipimport.py",
 )  # fmt: skip
+PIECE = 4000  # characters
 
 
 def calibration_text() -> str:
-    """Source code of the modules in CALIBRATION, in order."""
+    """Python's reference manual (what help() shows) and source code of the modules in CALIBRATION, turn by turn."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [
         f
         for name in CALIBRATION
         for f in ([library / name] if name.endswith(".py") else sorted((library / name).glob("*.py")))
     ]
-    return "\n\n".join(f.read_text(encoding="utf-8") for f in files if f.is_file())
+    code = "\n\n".join(f.read_text(encoding="utf-8") for f in files if f.is_file())
+    manual = "\n\n".join(topics[name] for name in sorted(topics))
+    pieces = range(0, len(manual), PIECE)
+    return "\n\n".join(text[start : start + PIECE] for start in pieces for text in (manual, code))
 
 
 def evaluate(path: str | Path, tokens: int, window: int, source: str) -> tuple[float, float]:

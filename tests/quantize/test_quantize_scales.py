@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from transload.errors import ConfigError
-from transload.quantize.awq import awq_scale, groups_gram, search_scale
+from transload.quantize.awq import Sample, awq_scale, cost_of_block, cost_of_linears, groups_gram, search_scale
+from transload.quantize.block import block_of
 from transload.quantize.hadamard import Turn, block_size, hadamard
+from transload.quantize.held import Held
 from transload.quantize.smoothquant import smooth_scale
 from transload.quantize.static import static_scale
 from transload.quantize.statistics import SAMPLE, Statistics
 from transload.reference import quantize_rtn
 from transload.requantize import parse_spec
+from transload.runtime.trace import Piece
 
 
 def test_smoothquant_is_the_formula_of_the_paper() -> None:
@@ -32,7 +36,9 @@ def test_awq_takes_the_exponent_with_the_smallest_output_error() -> None:
     w = torch.randn(16, 64)
     rows = torch.randn(100, 64) * torch.tensor([1.0] * 60 + [30.0] * 4)
     spec, absmean = parse_spec("int4-g32-fp32"), rows.abs().mean(0)
-    scale, _ = search_scale(absmean, [(w, rows, spec)])
+    linear = Held(w, None, (Piece("w", None, 0, 16),))
+    cost = cost_of_linears([Sample(linear, slice(0, 16), w, rows, spec)])
+    scale, _ = search_scale(absmean, w.abs().mean(0), cost)
 
     def error(s: torch.Tensor) -> float:  # in float64, with the plain quantizer
         s = s.double()
@@ -42,6 +48,53 @@ def test_awq_takes_the_exponent_with_the_smallest_output_error() -> None:
     tried = [awq_scale(absmean, step / 12, duo) for step in range(12) for duo in (None, w.abs().mean(0))]
     assert error(scale) <= min(map(error, tried)) * 1.001
     assert error(scale) < 0.8 * error(torch.ones(64))
+
+
+class _Attention(nn.Module):
+    """Queries and keys whose product is a gate for values: errors of queries matter as far as keys are large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (Held(torch.randn(32, 32), None, (Piece(n, None, 0, 32),)) for n in "qk")
+
+    def forward(self, x: Tensor, *, factor: float) -> tuple[Tensor, None]:
+        return factor * torch.tanh(self.q(x) * self.k(x)), None
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.out = _Attention(), Held(torch.randn(32, 32), None, (Piece("o", None, 0, 32),))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(self.attn(x, factor=2.0)[0])
+
+
+def test_the_cost_of_a_block_is_the_error_of_its_output_relative_to_the_residual_stream() -> None:
+    torch.manual_seed(0)
+    layer, x = _Layer(), torch.randn(2, 5, 32)
+    block = block_of(layer, [layer.attn.q, layer.attn.k], layer, x)
+    assert block is not None
+    assert block.module is layer.attn
+    samples = [
+        Sample(h, slice(0, 16), h.rows(slice(0, 16)), x[0], parse_spec("int4-g32-fp32"))
+        for h in (layer.attn.q, layer.attn.k)
+    ]
+    found = cost_of_block(samples, block)(torch.full((32,), 2.0))  # a power of two changes no rounding
+    before, after = layer.attn(x, factor=2.0)[0], layer(x)
+    for sample in samples:  # only the first half of the rows is quantized
+        assert sample.held.weight is not None
+        rounded = quantize_rtn(sample.weight, sample.spec).dequantize()
+        sample.held.set(torch.cat([rounded, sample.held.weight[16:]]))
+    error = (layer.attn(x, factor=2.0)[0] - before).square().sum(-1)
+    assert found == pytest.approx(float((error / after.square().sum(-1)).sum()), rel=1e-4)
+    assert found > 0
+
+
+def test_one_linear_or_the_whole_layer_is_no_block() -> None:
+    layer, x = _Layer(), torch.randn(1, 5, 32)
+    assert block_of(layer, [layer.out], layer, x) is None
+    assert block_of(layer, [layer.out, layer.attn.q], layer, x) is None
 
 
 def test_gram_blocks_of_groups_are_the_diagonal_blocks_of_the_gram_matrix() -> None:

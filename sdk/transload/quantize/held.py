@@ -28,6 +28,7 @@ class Held(nn.Module):
         self.weight: Tensor | None = weight
         self.bias, self.pieces, self.routed = bias, pieces, routed
         self.watch: Watch | None = None
+        self.trial: Tensor | None = None  # a weight that is only tried
         self.quantized: dict[str, QTensor] = {}
         self.precision = torch.float32
         self.stored_dtype, self.changed = weight.dtype, False
@@ -53,6 +54,8 @@ class Held(nn.Module):
 
     def current(self) -> Tensor:
         """The weight [N, K] with every piece that is quantized already as its numbers are."""
+        if self.trial is not None:
+            return self.trial
         if not self.quantized:
             assert self.weight is not None
             return self.weight

@@ -197,9 +197,8 @@ def _llm_compressor(modifiers: list[tuple[str, Mapping[str, Any]]], name: str) -
             continue
         if kind not in _METHODS:
             raise Unsupported(f"{kind}: there are {', '.join(_METHODS)} and SmoothQuantModifier")
-        if settings.get("dampening_frac") is not None:
-            more["damping"] = float(settings["dampening_frac"])
         if kind == "GPTQModifier":
+            more["damping"] = float(settings.get("dampening_frac", 0.01))
             more["act_order"] = settings.get("actorder", "static") is not None
             if settings.get("actorder") in ("group", "dynamic"):
                 raise Unsupported("actorder: group makes a g_idx; here act_order stays inside groups")

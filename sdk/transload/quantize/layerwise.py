@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from transload.errors import ConfigError, FormatError
 from transload.quant import QTensor, QuantSpec
-from transload.quantize.awq import fold_awq, groups_gram
+from transload.quantize import awq
+from transload.quantize.block import block_of, sample_windows
 from transload.quantize.fold import Fold
 from transload.quantize.gptq import Factor, factor, gptq
 from transload.quantize.held import Filled, Held, held_of
@@ -97,7 +99,7 @@ class LayerJob:
 
     def _calibrated(self, forward: Forward, hidden: Hidden) -> None:
         rounds = self._rounds()
-        folds = self.recipe.smooth is not None or any(a.method == "awq" for a in self.assigned.values())
+        folds = self.recipe.smooth is not None or any(a.method in awq.METHODS for a in self.assigned.values())
         if folds and len(rounds) > 1:  # scales need all linears at once, but no Hessians
             self._fold(forward, hidden, self._watched(forward, hidden, self._wanted, grams=False))
         for round in rounds:
@@ -135,7 +137,8 @@ class LayerJob:
     def _watched(self, forward: Forward, hidden: Hidden, round: Sequence[Held], grams: bool = True) -> Watch:
         watch = Watch(
             {held for held in round if grams and self._needs_gram(held)},
-            stride=max(1, hidden.count * hidden.tokens // SAMPLE),
+            max(1, hidden.count * hidden.tokens // SAMPLE),
+            getattr(torch, self.recipe.calibration.precision),
         )
         for held in round:
             held.watch = watch
@@ -158,7 +161,9 @@ class LayerJob:
         if self.recipe.smooth is not None:
             folds += fold_smooth(self.filled, self._held, self.assigned, watch, self.recipe.smooth)
         else:
-            folds += fold_awq(self.filled, self._held, self.assigned, watch)
+            windows = sample_windows(hidden)
+            part = partial(block_of, self.filled.layer, forward=forward, windows=windows)
+            folds += awq.fold_awq(self.filled, self._held, self.assigned, watch, part)
         if not folds:
             return
         with torch.no_grad():
@@ -215,7 +220,7 @@ class LayerJob:
         if method == "mse" or statistics is None:
             return quantize_mse(weight, spec), ""
         if method == "awq":
-            return quantize_clipped(weight, spec, groups_gram(statistics.rows, spec)), ""
+            return quantize_clipped(weight, spec, awq.groups_gram(statistics.rows, spec)), ""
         prepared = self._prepared(statistics, spec)
         raised = prepared.damping > self.recipe.damping
         note = f"the Hessian is singular: damping raised to {prepared.damping:g}" if raised else ""
@@ -234,7 +239,7 @@ class LayerJob:
         return self._factors[key]
 
     def _needs_gram(self, held: Held) -> bool:
-        return any(self.assigned[n].method == "gptq" for n in held.names if n in self.assigned)
+        return any(self.assigned[n].method in ("gptq", "awq+gptq") for n in held.names if n in self.assigned)
 
 
 def _by_stage(held: Sequence[tuple[str, Held]], wanted: set[Held]) -> list[list[Held]]:

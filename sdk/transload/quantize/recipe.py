@@ -19,7 +19,7 @@ from transload.models.roles import kept_in_float, skipped
 from transload.quant import PER_CHANNEL, ActSpec, QuantSpec
 from transload.requantize import parse_spec
 
-Method = Literal["rtn", "mse", "gptq", "awq"]
+Method = Literal["rtn", "mse", "gptq", "awq", "awq+gptq"]
 LARGEST_FILE = 1 << 20
 
 
@@ -97,7 +97,7 @@ class Recipe(_Strict):
     rules: tuple[Rule, ...] = Field(min_length=1)
     smooth: float | None = Field(default=None, gt=0, lt=1)
     rotate: bool = False
-    damping: float = Field(default=0.01, ge=0, le=1)
+    damping: float = Field(default=0.05, ge=0, le=1)
     act_order: bool = True
     sequential: bool = False
     calibration: Calibration = Calibration()

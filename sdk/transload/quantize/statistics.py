@@ -15,11 +15,12 @@ class Statistics:
     """Sums over the rows x [T, K] that a linear was given.
 
     tokens: rows seen. gram: X^T X [K, K], lower triangle of blocks until `finish`, or None. absmax, abssum: [K].
+    precision: of the products that are added up in gram.
     rows: up to SAMPLE of the inputs themselves [S, K], evenly spread where `stride` says so.
     """
 
-    def __init__(self, k: int, gram: bool, stride: int = 1) -> None:
-        self.tokens, self._stride = 0, stride
+    def __init__(self, k: int, gram: bool, stride: int = 1, precision: torch.dtype = torch.float32) -> None:
+        self.tokens, self._stride, self._precision = 0, stride, precision
         self.gram = torch.zeros(k, k) if gram else None
         self.absmax, self.abssum = torch.zeros(k), torch.zeros(k, dtype=torch.float64)
         self._kept: list[Tensor] = []
@@ -39,9 +40,16 @@ class Statistics:
             self._kept.append(rows)
             self._kept_rows += len(rows)
         if self.gram is not None:
-            for start in range(0, x.shape[1], _COLUMNS):
-                columns = x[:, start : start + _COLUMNS]
-                self.gram[start:, start : start + _COLUMNS].addmm_(x[:, start:].T, columns)
+            self._add_products(self.gram, x.to(self._precision))
+
+    def _add_products(self, gram: Tensor, x: Tensor) -> None:
+        for start in range(0, x.shape[1], _COLUMNS):
+            rows, columns = x[:, start:].T, x[:, start : start + _COLUMNS]
+            block = gram[start:, start : start + _COLUMNS]
+            if x.dtype is gram.dtype:
+                block.addmm_(rows, columns)
+            else:
+                block.add_(rows @ columns)
 
     def finish(self) -> None:
         """Completes the upper triangle of the Gram matrix."""
@@ -81,9 +89,9 @@ class Watch:
     grams: the linears whose Gram matrix is wanted; others get the cheap sums alone.
     """
 
-    def __init__(self, grams: Collection[nn.Module], stride: int) -> None:
+    def __init__(self, grams: Collection[nn.Module], stride: int, precision: torch.dtype = torch.float32) -> None:
         self.of: dict[nn.Module, Statistics] = {}
-        self._grams, self._stride = grams, stride
+        self._grams, self._stride, self._precision = grams, stride, precision
         self._last: Tensor | None = None
         self._given: dict[bool, Statistics] = {}  # of the last tensor: with a Gram matrix, without
 
@@ -97,7 +105,7 @@ class Watch:
             self.of.setdefault(linear, shared)
             return
         if linear not in self.of:
-            self.of[linear] = Statistics(x.shape[-1], gram, stride or self._stride)
+            self.of[linear] = Statistics(x.shape[-1], gram, stride or self._stride, self._precision)
         self.of[linear].add(x.reshape(-1, x.shape[-1]))
         self._given[gram] = self.of[linear]
 
