@@ -91,7 +91,9 @@ const Isa *find_isa(int32_t isa, const Plan &plan, int64_t rows) {
 const Isa *find_bf16(const Isa &isa, const Plan &plan, int64_t rows, int32_t x_dtype) {
 #if defined(__x86_64__)
   static const bool there = has_avx512_bf16();
-  const int64_t fewest_tokens = plan.segment <= 64 ? 8 : 12;  // small groups cost the integer kernel more
+  // Small groups cost the integer kernel more; codes of 8 bits cost this one more to unpack.
+  const bool small = plan.segment <= 64, four = plan.weight->geometry.bits == 4;
+  const int64_t fewest_tokens = four ? (small ? 8 : 12) : (small ? 32 : 96);
   if (&isa == &avx512_vnni_isa && there && plan.split && x_dtype == TL_BFLOAT16 && rows / 2 >= fewest_tokens)
     return &avx512_bf16_isa;
 #endif
