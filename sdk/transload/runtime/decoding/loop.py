@@ -48,13 +48,7 @@ def one_sequence(
     start = past_key_values.get_seq_length()
     out = model(input_ids[:, start:], past_key_values=past_key_values, use_cache=True, logits_to_keep=1)
     while True:
-        scores = out.logits[:, -1].float()
-        if logits_processor:
-            scores = logits_processor(ids[:, :n], scores)
-        if generation_config.do_sample:
-            token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-        else:
-            token = scores.argmax(dim=-1, keepdim=True)
+        token = _chosen(out.logits[:, -1].float(), ids[:, :n], logits_processor, bool(generation_config.do_sample))
         ids[:, n : n + 1] = token
         n += 1
         if listener is not None:
@@ -65,6 +59,16 @@ def one_sequence(
     if listener is not None:
         listener.end()
     return ids[:, :n]
+
+
+def _chosen(scores: Tensor, ids: Tensor, processors: LogitsProcessorList, sample: bool) -> Tensor:
+    """The next token int64 [1, 1]."""
+    if processors:
+        scores = processors(ids, scores)
+    if sample:
+        return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+    # Not torch's argmax: its threads look for more work for milliseconds afterwards, on processors that the step needs.
+    return torch.tensor([[int(scores[0].numpy().argmax())]])
 
 
 def _criteria(criteria: StoppingCriteriaList) -> tuple[int, set[int], StoppingCriteriaList]:
