@@ -75,6 +75,7 @@ def test_folds_and_rotation_keep_the_function_of_a_layer(name: str, sources: dic
 WAYS = {
     "gptq": recipe("int8-g32"),
     "awq": recipe("int8-g32", "awq"),
+    "awq+gptq": recipe("int8-g32", "awq+gptq"),
     "smooth": recipe("int8-g32-a8", smooth=0.5),
     "rotate": recipe("int8-g32", "rtn", rotate=True),
     "sequential": recipe("int8-g32", sequential=True),

@@ -105,6 +105,22 @@ def test_gram_blocks_of_groups_are_the_diagonal_blocks_of_the_gram_matrix() -> N
         assert torch.allclose(blocks[g], whole[8 * g : 8 * g + 8, 8 * g : 8 * g + 8], rtol=1e-4, atol=1e-4)
 
 
+def test_products_of_bfloat16_rows_are_near_the_exact_ones() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3000, 1100)
+    exact, rounded = Statistics(1100, gram=True), Statistics(1100, gram=True, precision=torch.bfloat16)
+    for part in x.split(700):
+        exact.add(part)
+        rounded.add(part)
+    for found in (exact, rounded):
+        found.finish()
+    assert exact.gram is not None
+    assert rounded.gram is not None
+    assert torch.equal(rounded.gram, rounded.gram.T)
+    apart = (rounded.gram - exact.gram).abs().max() / exact.gram.diagonal().mean()
+    assert 0 < apart < 4e-3
+
+
 def test_statistics_are_those_of_all_rows() -> None:
     torch.manual_seed(0)
     x = torch.randn(3000, 1100)
