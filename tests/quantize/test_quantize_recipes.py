@@ -19,7 +19,15 @@ from transload.requantize import parse_spec
 
 def test_the_shipped_recipes() -> None:
     found = shipped()
-    assert list(found) == ["int4-g128", "int4-g128-awq", "int4-g32", "w4a8-ascend-moe", "w4a8-g128", "w8a8", "w8a8-static"]
+    assert list(found) == [
+        "int4-g128",
+        "int4-g128-awq",
+        "int4-g32",
+        "w4a8-ascend-moe",
+        "w4a8-g128",
+        "w8a8",
+        "w8a8-static",
+    ]
     moe = found["w4a8-ascend-moe"]
     experts = moe.rule("model.layers.3.mlp.experts.7.up_proj", 3, 4)
     attention = moe.rule("model.layers.3.self_attn.q_proj", 3, 4)
