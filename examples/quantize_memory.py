@@ -69,6 +69,7 @@ def model(folder: Path, shape: Shape) -> None:
         "num_hidden_layers": shape.layers, "vocab_size": shape.vocab, "max_position_embeddings": 4096,
         "dtype": "bfloat16", "rms_norm_eps": 1e-6,
     }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
     where: dict[str, str] = {}
 
     def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -89,7 +90,6 @@ def model(folder: Path, shape: Shape) -> None:
     ends["model.embed_tokens.weight"] = torch.randn(shape.vocab, shape.hidden).bfloat16()
     save("ends.safetensors", ends | {"lm_head.weight": torch.randn(shape.vocab, shape.hidden).bfloat16()})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def resident() -> int:

@@ -44,6 +44,8 @@ def about(model: PreTrainedModel, path: str, format: str) -> About:
     modules = [m for m in ran.modules if m.kind != "embedding"]
     counts = Counter(f"{m.executed} {m.kernel}" for m in modules)
     scheme = " and ".join(sorted({m.executed for m in modules})) or str(model.dtype).removeprefix("torch.")
+    if any("static" in note for m in modules for note in m.notes):
+        scheme += " (static scales not used)"
     kernels = tuple(f"{count} x {name}" for name, count in counts.most_common())
     nbytes = ran.quantized_bytes + ran.float_bytes
     return About(path, format, scheme, kernels, nbytes, _write_speed(model), Reader(model))

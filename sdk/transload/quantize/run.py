@@ -35,7 +35,7 @@ from transload.quantize.stage import Stage
 from transload.quantize.static import INPUT_SCALE, StaticInputs
 from transload.quantize.targets import check_target, left_in_float
 from transload.quantize.text import windows
-from transload.reference import quantize_rtn
+from transload.requantize import requantize
 from transload.runtime import tokenizer as tokenizer_of
 from transload.writer.place import check_apart, check_free, named
 
@@ -293,7 +293,8 @@ class _Run:
         weight = value.dequantize() if isinstance(value, QTensor) else value.float()
         if not bool(torch.isfinite(weight).all()):
             raise FormatError(f"{self.source.path}: {module} contains NaN or infinity")
-        made = quantize_rtn(weight, assigned.spec) if assigned.method == "rtn" else quantize_mse(weight, assigned.spec)
+        spec = assigned.spec
+        made = requantize(weight, spec)[0] if assigned.method == "rtn" else quantize_mse(weight, spec)  # both in slabs
         note = assigned.note
         if assigned.method not in ("rtn", "mse"):
             note = "; ".join(n for n in (note, "not in a decoder layer: rounded to nearest") if n)
