@@ -5,6 +5,7 @@
 // come to a band first quantize its activations together.
 #include <algorithm>
 #include <cstdlib>
+#include <exception>
 #include <new>
 #include <vector>
 
@@ -79,6 +80,8 @@ struct Work {
 void cut_rows(Work &w) {
   const int64_t experts = w.plan.weight->geometry.experts, most = w.tokens_per_tile();
   const int64_t per_band = std::max<int64_t>(1, w.isa->band_bytes / tile_bytes(w.plan));
+  const auto tiles = static_cast<size_t>(w.call->m / most + std::min(experts, w.call->m));
+  w.tiles.reserve(tiles), w.tile_rows.reserve(tiles);  // more than there is fails here, before memory fills
   int64_t row = 0;
   for (int64_t e = 0; e < experts; e++) {
     const int64_t end = row + (w.call->counts ? w.call->counts[e] : w.call->m);
@@ -184,11 +187,18 @@ void run(Work &w) {
   });
 }
 
-// Rows of x are at most what 63 bits can address, and counts add up to m.
+// Whether m rows of `row` elements lie inside an address space.
+bool addressable(int64_t m, int64_t row) {
+  int64_t elements;
+  return row >= 0 && !__builtin_mul_overflow(m, row, &elements) && elements < int64_t(1) << 56;
+}
+
+// Rows can be addressed, and counts add up to m.
 bool valid(const tl_product &c, const Layout &w) {
   if (c.m < 0 || (c.m > 0 && (!c.x || !c.y)) || c.threads < 1) return false;
   if (c.x_dtype < TL_FLOAT32 || c.x_dtype > TL_FLOAT16) return false;
   if ((c.act_bits != 8 && c.act_bits != 16) || (c.m > 1 && c.x_stride < w.geometry.k)) return false;
+  if (c.m > 1 && (!addressable(c.m, c.x_stride) || !addressable(c.m, w.geometry.n))) return false;
   if (!c.counts) return w.geometry.experts == 1;
   int64_t rows = 0;
   for (int64_t e = 0; e < w.geometry.experts; e++) {
@@ -249,7 +259,7 @@ extern "C" int32_t tl_matmul(const tl_product *product) {
   if (product == nullptr) return TL_BAD_ARGUMENT;
   try {
     return transload::matmul(*product);
-  } catch (const std::bad_alloc &) {
+  } catch (const std::exception &) {  // bad_alloc, or length_error for more than a vector can ever hold
     return TL_OUT_OF_MEMORY;
   }
 }
