@@ -124,6 +124,7 @@ TOKENS = torch.arange(3, 33).unsqueeze(0) * 7 % 96
 def test_logits_are_those_of_transformers_layers(name: str, tmp_path: Path) -> None:
     model = tiny(name, tmp_path)
     assert is_native(model), decoder_of(model)
+    plainly(model, TOKENS, 5)  # dynamic positions of older transformers never forget the longest text
     # Both multiply with 15-bit activations; the order of sums differs, and with it some roundings.
     assert distance(decode(model, TOKENS, 5), plainly(model, TOKENS, 5)) < 5e-4
 

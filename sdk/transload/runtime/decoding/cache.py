@@ -130,7 +130,7 @@ def _is_whole(layer: Any) -> bool:
     """Whether a layer has every token; one with a sliding window has, before it drops the first."""
     if type(layer) is DynamicSlidingWindowLayer:
         tokens = layer.keys.shape[-2] if layer.is_initialized and layer.keys.dim() == 4 else 0
-        return not layer.record_past and layer.cumulative_length == tokens
+        return not getattr(layer, "record_past", False) and layer.cumulative_length == tokens
     return type(layer) in (DynamicLayer, GrowingLayer)
 
 

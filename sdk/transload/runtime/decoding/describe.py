@@ -160,5 +160,7 @@ def _rows(bias: Tensor, start: int, count: int) -> Tensor:
 def _without_hooks(module: nn.Module, name: str) -> None:
     """Transformers' own hooks for output_hidden_states stay forever and do nothing unless those are asked for."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if "forward" in vars(module) or any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks):
+    replaced = vars(module).get("forward")  # older versions of transformers put a module's own forward there
+    other = replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward
+    if other or any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks):
         raise Unsupported(f"{name} has hooks, which one call for all layers would not reach")

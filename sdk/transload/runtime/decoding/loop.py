@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from transload.runtime.decoding.stepwise import StepwiseModel
@@ -41,6 +41,8 @@ def one_sequence(
     """
     if listener is not None:
         listener.put(input_ids)
+    if past_key_values is None:  # transformers before 5.1 leaves that to the model
+        past_key_values = DynamicCache(config=model.config)
     n = input_ids.shape[1]
     most, ends, others = _criteria(stopping_criteria)
     ids = torch.empty(1, most, dtype=torch.int64)

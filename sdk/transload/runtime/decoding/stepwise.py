@@ -24,7 +24,8 @@ from transload.runtime.decoding.describe import DTYPES, describe, same
 from transload.runtime.decoding.sequence import Sequence
 from transload.runtime.embedding import QuantEmbedding
 
-_HARMLESS = ("return_dict", "is_causal")  # keywords whose True asks for nothing that the step does not do
+# Keywords that ask for nothing that the step does not do; cache_position is what transformers before 5.3 adds.
+_HARMLESS = ("return_dict", "is_causal", "cache_position")
 _MOST_ROWS = 2048  # of the embedding, kept as floats
 
 
@@ -115,7 +116,8 @@ class StepwiseModel(nn.Module):
             past_key_values = DynamicCache(config=self.inner.config)
         token = input_ids if inputs_embeds is None else inputs_embeds
         if token is not None and token.shape[:2] == (1, 1) and use_cache and _asks_nothing(kwargs, self.inner.config):
-            state = self._one_token(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+            position = kwargs.get("cache_position") if position_ids is None else position_ids
+            state = self._one_token(input_ids, inputs_embeds, attention_mask, position, past_key_values)
             if state is not None:
                 return BaseModelOutputWithPast(last_hidden_state=state, past_key_values=past_key_values)
         elif not torch.compiler.is_compiling():
