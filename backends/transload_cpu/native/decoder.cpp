@@ -47,8 +47,9 @@ int64_t cut(const Decoder &d, const tl_decoder_token &t, uint8_t *memory, Run *r
   const int64_t parts = parts_of(t.length + 1), queries = s.heads * s.head_dim;
   *run = {&d, &t, pieces.floats(s.hidden), pieces.floats(s.hidden),
           pieces.floats(queries + 2 * s.kv_heads * s.head_dim), pieces.floats(queries), pieces.floats(s.intermediate),
-          pieces.floats(2 * s.intermediate), pieces.floats(parts * s.heads * kTokensPerPart), pieces.floats(parts * s.heads),
-          pieces.floats(parts * s.heads), pieces.floats(parts * queries), pieces.bytes(d.quantized_bytes)};
+          pieces.floats(2 * s.intermediate), pieces.floats(parts * s.heads * kTokensPerPart),
+          pieces.floats(parts * s.heads), pieces.floats(parts * s.heads), pieces.floats(parts * queries),
+          pieces.bytes(d.quantized_bytes)};
   return pieces.used();
 }
 
@@ -87,7 +88,8 @@ void attend(const Run &r, size_t layer) {
     const int64_t head = item % s.kv_heads, part = item / s.kv_heads, first = part * s.heads + head * queries;
     const Attention a{r.qkv + head * queries * s.head_dim, head_at(r, t.keys[layer], head, 0),
                       head_at(r, t.values[layer], head, 0), s.head_dim, queries,
-                      start + part * kTokensPerPart, std::min(start + (part + 1) * kTokensPerPart, tokens), t.cache_dtype};
+                      start + part * kTokensPerPart, std::min(start + (part + 1) * kTokensPerPart, tokens),
+                      t.cache_dtype};
     math.attend(a, r.scores + first * kTokensPerPart, r.largest + first, r.sum + first, r.partial + first * s.head_dim);
   });
   for (int64_t h = 0; h < s.heads; h++)

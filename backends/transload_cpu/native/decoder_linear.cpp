@@ -17,13 +17,15 @@ int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 int64_t panels_of(const Part &p) { return (p.linear.n + kPanel - 1) / kPanel; }
 
 // A token's codes lie in one tile, its sides behind them: scale, sum, moment, and for every part where sums start.
-int64_t tile_room(const Part &p) { return p.isa == nullptr ? 0 : aligned(tile_bytes(p.plan)) + 4 * aligned(tile_sides(p.plan) * 4); }
+int64_t tile_room(const Part &p) {
+  return p.isa == nullptr ? 0 : aligned(tile_bytes(p.plan)) + 4 * aligned(tile_sides(p.plan) * 4);
+}
 
 bool quantized_alike(const Part &a, const Part &b) {
   if (a.isa == nullptr || b.isa != a.isa || a.layout.geometry.act_order || b.layout.geometry.act_order) return false;
   const Plan &p = a.plan, &q = b.plan;
-  return a.layout.kp == b.layout.kp && p.segment == q.segment && p.segments == q.segments && p.act_group == q.act_group &&
-         p.split == q.split && p.rows == q.rows && p.chunk == q.chunk &&
+  return a.layout.kp == b.layout.kp && p.segment == q.segment && p.segments == q.segments &&
+         p.act_group == q.act_group && p.split == q.split && p.rows == q.rows && p.chunk == q.chunk &&
          a.layout.geometry.midpoint == b.layout.geometry.midpoint &&
          (a.layout.geometry.zero == TL_ZERO_MIDPOINT) == (b.layout.geometry.zero == TL_ZERO_MIDPOINT);
 }
@@ -77,7 +79,8 @@ void quantize(const Call &c, uint8_t *scratch) {
     scratch += tile_room(p);
     auto *floats = reinterpret_cast<float *>(scratch);
     auto *bytes = reinterpret_cast<int8_t *>(floats + kp);
-    const auto *order = reinterpret_cast<const int32_t *>(static_cast<const uint8_t *>(p.linear.weight) + p.layout.order_at);
+    const auto *base = static_cast<const uint8_t *>(p.linear.weight);
+    const auto *order = reinterpret_cast<const int32_t *>(base + p.layout.order_at);
     p.isa->read_row(c.x, TL_FLOAT32, p.linear.k, kp, p.layout.geometry.act_order ? order : nullptr, floats);
     p.isa->quantize_row(p.plan, floats, 0, bytes, c.tiles[i]);
   }
@@ -87,7 +90,8 @@ void multiply_panels(const Call &c, size_t part, int64_t first, int64_t last, fl
   const Part &p = *c.linear->parts[part];
   const int64_t n = p.linear.n;
   if (p.isa == nullptr) {
-    c.math->float_rows(p.linear.weight, p.linear.float_dtype, p.linear.k, first * kPanel, std::min(last * kPanel, n), c.x, y);
+    const int64_t end = std::min(last * kPanel, n);
+    c.math->float_rows(p.linear.weight, p.linear.float_dtype, p.linear.k, first * kPanel, end, c.x, y);
   } else {
     const int rows = p.plan.split ? 2 : 1;
     const TileRun run{c.tiles[part], &rows, 1};
@@ -156,7 +160,8 @@ int64_t scratch_bytes(const Linear &linear) {
 void multiply(const DecoderMath &math, const Linear &linear, const float *x, uint8_t *scratch, int threads, float *y) {
   const Call call{&math, &linear, x, y, reinterpret_cast<Tile *>(scratch)};
   quantize(call, scratch + aligned(static_cast<int64_t>(linear.parts.size() * sizeof(Tile))));
-  parallel(linear.bytes < kSerialBytes ? 1 : threads, linear.items, [&](int64_t item, int) { multiply_item(call, item); });
+  if (linear.bytes < kSerialBytes) threads = 1;
+  parallel(threads, linear.items, [&](int64_t item, int) { multiply_item(call, item); });
 }
 
 }  // namespace transload

@@ -40,7 +40,8 @@ struct DecoderMath {
   void (*store)(const float *x, int64_t n, int32_t dtype, void *out);
 
   // out[i] = weight row i times x, for rows [from, to) of float weights [n][k] of dtype.
-  void (*float_rows)(const void *weight, int32_t dtype, int64_t k, int64_t from, int64_t to, const float *x, float *out);
+  void (*float_rows)(const void *weight, int32_t dtype, int64_t k, int64_t from, int64_t to, const float *x,
+                     float *out);
 };
 
 extern const DecoderMath portable_math;

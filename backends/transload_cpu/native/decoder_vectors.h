@@ -1,5 +1,5 @@
-// The code behind decoder_math.h in vectors of whatever width the including file is compiled for. Unnamed namespace: see
-// floats.h.
+// The code behind decoder_math.h in vectors of whatever width the including file is compiled for. Unnamed namespace:
+// see floats.h.
 #pragma once
 
 #if defined(__AVX2__)
@@ -128,7 +128,8 @@ TL_INLINE void sum_values(const T *values, const float *weights, int64_t tokens,
 template <class T>
 void attend_to(const Attention &a, float *scores, float *largest, float *sum, float *out) {
   const int64_t tokens = a.to - a.from, dim = a.dim;
-  const T *keys = static_cast<const T *>(a.keys) + a.from * dim, *values = static_cast<const T *>(a.values) + a.from * dim;
+  const T *keys = static_cast<const T *>(a.keys) + a.from * dim;
+  const T *values = static_cast<const T *>(a.values) + a.from * dim;
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t q = 0; q < a.queries; q++) scores[q * tokens + t] = dot(a.q + q * dim, keys + t * dim, dim);
   for (int64_t q = 0; q < a.queries; q++, scores += tokens, out += dim) {
@@ -145,7 +146,8 @@ void attend_to(const Attention &a, float *scores, float *largest, float *sum, fl
     largest[q] = top;
     sum[q] = all_weights + total(weights);
     int64_t d = 0;
-    for (; d + kBlock * kLanes <= dim; d += kBlock * kLanes) sum_values<kBlock>(values + d, scores, tokens, dim, out + d);
+    constexpr int64_t block = kBlock * kLanes;
+    for (; d + block <= dim; d += block) sum_values<kBlock>(values + d, scores, tokens, dim, out + d);
     for (; d + kLanes <= dim; d += kLanes) sum_values<1>(values + d, scores, tokens, dim, out + d);
     for (; d < dim; d++) {
       out[d] = 0;
@@ -186,7 +188,8 @@ void store(const float *x, int64_t n, int32_t dtype, void *out) {
 void float_rows(const void *weight, int32_t dtype, int64_t k, int64_t from, int64_t to, const float *x, float *out) {
   const auto *floats = static_cast<const float *>(weight);
   const auto *halves = static_cast<const uint16_t *>(weight);
-  for (int64_t i = from; i < to; i++) out[i] = dtype == TL_FLOAT32 ? dot(x, floats + i * k, k) : dot(x, halves + i * k, k);
+  for (int64_t i = from; i < to; i++)
+    out[i] = dtype == TL_FLOAT32 ? dot(x, floats + i * k, k) : dot(x, halves + i * k, k);
 }
 
 #undef TL_INLINE

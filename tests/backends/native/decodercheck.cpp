@@ -100,13 +100,13 @@ void fill(Model &m) {
 }
 
 // Hidden states of `tokens` tokens, one step after the other; empty when a call fails.
-std::vector<float> decode(const void *decoder, const Model &m, const std::vector<float> &x, int64_t tokens, int32_t dtype,
-                          int threads) {
+std::vector<float> decode(const void *decoder, const Model &m, const std::vector<float> &x, int64_t tokens,
+                          int32_t dtype, int threads) {
   const tl_decoder_shape &s = m.shape;
   const size_t room = static_cast<size_t>(s.kv_heads * tokens * s.head_dim * (dtype == TL_FLOAT32 ? 4 : 2));
   std::vector<std::vector<uint8_t>> caches(static_cast<size_t>(2 * s.layers), std::vector<uint8_t>(room, 0xff));
   std::vector<void *> keys, values;
-  for (size_t i = 0; i < caches.size(); i += 2) keys.push_back(caches[i].data()), values.push_back(caches[i + 1].data());
+  for (size_t i = 0; i < caches.size(); i++) (i % 2 ? values : keys).push_back(caches[i].data());
   std::vector<float> out(x.size());
   for (int64_t t = 0; t < tokens; t++) {
     std::vector<float> cos, sin;
