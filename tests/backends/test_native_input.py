@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from transload import reference
+from transload.hal import Packed
 from transload.quant import ActSpec, QTensor, QuantSpec
-from transload_cpu import build_native, native_layout, native_library
+from transload_cpu import build_native, native_library
 from transload_cpu.native_kernel import NATIVE_KERNELS, NativeKernel, NativePortable
 
 if native_library.unavailable():
@@ -47,7 +48,7 @@ def test_addresses_may_be_odd(kernel: NativeKernel, dtype: torch.dtype) -> None:
     packed = kernel.pack(w)
     x, bias = torch.randn(40, 100).to(dtype), torch.randn(50)
     expected = kernel.matmul(x, packed, bias)
-    moved = native_layout.Packed(packed.kernel, w.spec, 50, 100, {"packed": at_odd_address(packed.tensors["packed"])})
+    moved = Packed(packed.kernel, w.spec, 50, 100, {"packed": at_odd_address(packed.tensors["packed"])})
     assert torch.equal(kernel.matmul(at_odd_address(x), moved, at_odd_address(bias)), expected)
 
 
@@ -118,8 +119,8 @@ def test_experts_may_lie_gigabytes_apart() -> None:
         all_of_them[at : at + codes] = one[header : header + codes]
         at = header + experts * codes + (experts - 1) * scales
         all_of_them[at : at + scales] = one[header + codes : header + codes + scales]
-        far = native_layout.Packed(kernel.name, random_weight(n, k).spec, n, k, {"packed": all_of_them}, experts)
-        near = native_layout.Packed(kernel.name, far.spec, n, k, {"packed": one}, 1)
+        far = Packed(kernel.name, random_weight(n, k).spec, n, k, {"packed": all_of_them}, experts)
+        near = Packed(kernel.name, far.spec, n, k, {"packed": one}, 1)
         counts, x = torch.zeros(experts, dtype=torch.int64), torch.randn(3, k)
         counts[-1] = 3
         y = kernel.grouped_matmul(x, far, counts)
