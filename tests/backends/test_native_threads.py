@@ -97,7 +97,7 @@ def test_a_child_process_has_workers_of_its_own(method: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(disturb)
         try:
-            process = context.Process(target=child, args=(queue,))
+            process = context.Process(target=child, args=(queue,))  # type: ignore[attr-defined]
             process.start()
             process.join(120)
             assert process.exitcode == 0
