@@ -136,3 +136,22 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     w[0, 0] = float("inf")
     with pytest.raises(ValueError, match="infinity"):
         gptq(w, parse_spec("int4-g32"), factor(gram, 32))
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_consumed_hessian_gives_the_same_factor_also_after_damping_was_raised(act_order: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(300, 1100)  # fewer rows than inputs: singular, and wider than a panel
+    x[:, 7] = x[:, 900]
+    gram = x.T @ x
+    kept = gram.clone()
+    want = factor(gram, 100, 0.0, act_order)
+    assert torch.equal(gram, kept)
+    got = factor(gram, 100, 0.0, act_order, consume=True)
+    assert want.damping == got.damping > 0
+    assert torch.equal(want.inverse, got.inverse)
+    assert got.inverse.data_ptr() == gram.data_ptr()
+    matrix = kept[got.order][:, got.order].double() / float(kept.diagonal().mean())
+    matrix.diagonal().add_(got.damping)
+    inverse = got.inverse.double().tril()
+    assert (inverse @ matrix @ inverse.T - torch.eye(1100)).abs().max() < 1e-2

@@ -8,6 +8,7 @@ inversion, both in place: K x K floats and a few panels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +51,14 @@ def group_aware_order(diagonal: Tensor, group_size: int) -> Tensor:
     return (inside + torch.arange(len(groups), device=inside.device).unsqueeze(1) * group_size)[between].flatten()
 
 
-def factor(gram: Tensor, group_size: int, damping: float = 0.01, act_order: bool = True) -> Factor:
-    """Prepares a Hessian X^T X [K, K] of any scale; `gram` is not changed.
+def factor(
+    gram: Tensor, group_size: int, damping: float = 0.01, act_order: bool = True, consume: bool = False
+) -> Factor:
+    """Prepares a Hessian X^T X [K, K] of any scale.
 
-    damping is raised tenfold, up to 1, while the matrix is not positive definite. Raises ConfigError when that does not
-    help, and for NaN, infinity or a matrix of zeros.
+    consume: `gram` is not needed any more, and its memory becomes the factor's; else it is not changed. damping is
+    raised tenfold, up to 1, while the matrix is not positive definite. Raises ConfigError when that does not help, and
+    for NaN, infinity or a matrix of zeros.
     """
     diagonal = gram.diagonal()
     mean = float(diagonal.mean())
@@ -62,14 +66,18 @@ def factor(gram: Tensor, group_size: int, damping: float = 0.01, act_order: bool
         raise ConfigError(f"the Hessian's mean diagonal is {mean:g}: the inputs were all zero, or not finite")
     k = len(diagonal)
     order = group_aware_order(diagonal, group_size) if act_order else torch.arange(k - 1, -1, -1, device=gram.device)
+    matrix = gram if consume else gram.clone()
+    _reorder(matrix, order)
+    matrix.div_(mean)
+    corners = [square.clone() for square in _corners(matrix)]
     while True:
-        matrix = _reordered(gram, order)
-        matrix.div_(mean).diagonal().add_(damping)
+        matrix.diagonal().add_(damping)
         if _cholesky(matrix):
             return Factor(order, _invert(matrix), damping)
         if damping >= _LARGEST_DAMPING:
             raise ConfigError(f"the Hessian is not positive definite, even with {damping:g} of its diagonal added")
         damping = min(max(damping, 1e-4) * 10, _LARGEST_DAMPING)
+        _mirror(matrix, corners)
 
 
 def gptq(weight: Tensor, spec: QuantSpec, prepared: Factor, search: bool = True) -> QTensor:
@@ -124,12 +132,24 @@ def _scales(members: Tensor, spec: QuantSpec, charge: Tensor | None) -> tuple[Te
     return scales[:, 0], None if zeros is None else zeros[:, 0]
 
 
-def _reordered(gram: Tensor, order: Tensor) -> Tensor:
-    """gram[order][:, order] with one copy of it in memory instead of two."""
-    out = torch.empty_like(gram)
-    for start in range(0, len(gram), _PANEL):
-        out[start : start + _PANEL] = gram[order[start : start + _PANEL]][:, order]
-    return out
+def _reorder(a: Tensor, order: Tensor) -> None:
+    """a[order][:, order], in place: with a panel more of memory instead of another matrix."""
+    for start in range(0, len(a), _PANEL):
+        a[:, start : start + _PANEL] = a[:, start : start + _PANEL][order]
+    for start in range(0, len(a), _PANEL):
+        a[start : start + _PANEL] = a[start : start + _PANEL][:, order]
+
+
+def _corners(a: Tensor) -> list[Tensor]:
+    """The squares on the diagonal."""
+    return [a[start : start + _PANEL, start : start + _PANEL] for start in range(0, len(a), _PANEL)]
+
+
+def _mirror(a: Tensor, corners: Sequence[Tensor]) -> None:
+    """Makes a matrix symmetric again whose lower triangle and squares on the diagonal were overwritten."""
+    for start, (square, corner) in zip(range(0, len(a), _PANEL), zip(_corners(a), corners, strict=True), strict=True):
+        square.copy_(corner)
+        a[start + _PANEL :, start : start + _PANEL] = a[start : start + _PANEL, start + _PANEL :].T
 
 
 def _cholesky(a: Tensor) -> bool:

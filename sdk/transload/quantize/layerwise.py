@@ -22,11 +22,12 @@ from transload.quantize.recipe import Method, Recipe
 from transload.quantize.rtn import quantize_clipped, quantize_mse
 from transload.quantize.smoothquant import fold_smooth
 from transload.quantize.statistics import SAMPLE, Statistics, Watch
-from transload.reference import quantize_rtn
+from transload.requantize import requantize
 
 _GRAM_BYTES = 6 << 30  # Hessians in memory at a time; a layer whose experts need more is run over the text again
 _TOKENS_AT_ONCE = 1024
 _SLAB = 1 << 22  # values compared at a time
+GPTQ = ("gptq", "awq+gptq")  # methods that want a Hessian
 SAME = 0.05  # what a layer may differ by after a fold: rounded gains and routers, far less than a wrong one
 Forward = Callable[[Tensor], Tensor]
 
@@ -187,8 +188,9 @@ class LayerJob:
             if name in self.assigned:
                 assigned = self.assigned[name]
                 method, note = self._method(held, assigned, statistics)
+                prepared, extra = self._prepared(statistics, assigned.spec, method)  # before a float32 copy is made
                 weight = held.rows(at)
-                made[name], extra = self._codes(weight, assigned.spec, method, statistics)
+                made[name] = _codes(weight, assigned.spec, method, statistics, prepared)
                 note = "; ".join(n for n in (assigned.note, note, extra) if n)
                 tokens = 0 if statistics is None else statistics.tokens
                 quality = sqnr(weight, made[name])
@@ -212,34 +214,37 @@ class LayerJob:
             return "mse", "its inputs are all zero: rounded to nearest"
         return assigned.method, ""
 
-    def _codes(
-        self, weight: Tensor, spec: QuantSpec, method: Method, statistics: Statistics | None
-    ) -> tuple[QTensor, str]:
-        if method == "rtn":
-            return quantize_rtn(weight, spec), ""
-        if method == "mse" or statistics is None:
-            return quantize_mse(weight, spec), ""
-        if method == "awq":
-            return quantize_clipped(weight, spec, awq.groups_gram(statistics.rows, spec)), ""
-        prepared = self._prepared(statistics, spec)
-        raised = prepared.damping > self.recipe.damping
-        note = f"the Hessian is singular: damping raised to {prepared.damping:g}" if raised else ""
-        return gptq(weight, spec, prepared), note
-
-    def _prepared(self, statistics: Statistics, spec: QuantSpec) -> Factor:
-        """The factor of a Hessian, made once for all linears with this input and group size."""
+    def _prepared(self, statistics: Statistics | None, spec: QuantSpec, method: Method) -> tuple[Factor | None, str]:
+        """The factor of a Hessian for methods that want one, made once for all linears with this input and group size;
+        and a note."""
+        if statistics is None or method not in GPTQ:
+            return None, ""
         key = id(statistics), spec.group_size
         if key not in self._factors:
             assert statistics.gram is not None
             self._factors.clear()
-            made = factor(statistics.gram, spec.group_size, self.recipe.damping, self.recipe.act_order)
-            if self._last_use:  # a Hessian goes as soon as its last linear has its factor
+            settings = self.recipe.damping, self.recipe.act_order
+            self._factors[key] = factor(statistics.gram, spec.group_size, *settings, consume=self._last_use)
+            if self._last_use:  # a Hessian becomes the factor of its last linear
                 statistics.gram = None
-            self._factors[key] = made
-        return self._factors[key]
+        found = self._factors[key]
+        raised = found.damping > self.recipe.damping
+        return found, f"the Hessian is singular: damping raised to {found.damping:g}" if raised else ""
 
     def _needs_gram(self, held: Held) -> bool:
-        return any(self.assigned[n].method in ("gptq", "awq+gptq") for n in held.names if n in self.assigned)
+        return any(self.assigned[n].method in GPTQ for n in held.names if n in self.assigned)
+
+
+def _codes(
+    weight: Tensor, spec: QuantSpec, method: Method, statistics: Statistics | None, prepared: Factor | None
+) -> QTensor:
+    if prepared is not None:
+        return gptq(weight, spec, prepared)
+    if method == "rtn":
+        return requantize(weight, spec)[0]
+    if method == "awq" and statistics is not None:
+        return quantize_clipped(weight, spec, awq.groups_gram(statistics.rows, spec))
+    return quantize_mse(weight, spec)
 
 
 def _by_stage(held: Sequence[tuple[str, Held]], wanted: set[Held]) -> list[list[Held]]:
