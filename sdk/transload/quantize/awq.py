@@ -125,7 +125,7 @@ def fold_awq(
         tokens = sum(watch.of[c].tokens for c in seen)
         absmean = torch.stack([watch.of[c].absmean * (watch.of[c].tokens / tokens) for c in seen]).sum(0)
         samples = [
-            Sample(c, at, c.rows(at), watch.of[c].rows[:_ROWS], assigned[n].spec)
+            Sample(c, at, c.rows(at), _spread(watch.of[c].rows), assigned[n].spec)
             for c in (seen if len(seen) <= 2 * _EXPERTS else seen[:_EXPERTS])
             for n, at in c.parts()
             if n in assigned
@@ -137,6 +137,11 @@ def fold_awq(
         if not bool((scale == 1).all()):
             folds.append(Fold(pair, scale, f"AWQ exponent {exponent:g}"))
     return folds
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """About _ROWS of the sample rows, from all of the text."""
+    return rows[:: max(1, len(rows) // _ROWS)]
 
 
 def groups_gram(rows: Tensor, spec: QuantSpec) -> Tensor:

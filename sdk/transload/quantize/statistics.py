@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 _COLUMNS = 1024  # a Gram matrix is added up in blocks, and only on and below the diagonal
-SAMPLE = 512  # rows kept as they are
+SAMPLE = 1024  # rows kept as they are
 
 
 class Statistics:
