@@ -104,8 +104,11 @@ def stream(
     """
     pieces: Queue[str | Generation | BaseException] = Queue()
 
+    threads = torch.get_num_threads()
+
     def work() -> None:
         try:
+            torch.set_num_threads(threads)  # this thread's own number, whatever another generation has at this moment
             pieces.put(generate(model, prompt, max_new_tokens, temperature, top_p, seed, pieces.put, chat, tokenizer))
         except BaseException as e:
             pieces.put(e)

@@ -6,6 +6,8 @@ every token is left out here: masks, positions and copies of the inputs that one
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,12 +67,23 @@ def one_sequence(
 
 def _chosen(scores: Tensor, ids: Tensor, processors: LogitsProcessorList, sample: bool) -> Tensor:
     """The next token int64 [1, 1]."""
-    if processors:
-        scores = processors(ids, scores)
-    if sample:
-        return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-    # Not torch's argmax: its threads look for more work for milliseconds afterwards, on processors that the step needs.
+    if processors or sample:
+        with _one_thread():
+            scores = processors(ids, scores)
+            if sample:
+                return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
     return torch.tensor([[int(scores[0].numpy().argmax())]])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: its others look for more work for milliseconds, on processors that the next token needs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _criteria(criteria: StoppingCriteriaList) -> tuple[int, set[int], StoppingCriteriaList]:
