@@ -93,15 +93,16 @@ def gptq(weight: Tensor, spec: QuantSpec, prepared: Factor, search: bool = True)
     groups = grouped(weight, spec).shape[1]
     order, inverse = prepared.order, prepared.inverse
     rows = weight.float().T[order].contiguous()  # [K, N]: an input's weights lie together
-    codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(groups, n, device=weight.device)
+    del weight  # of two float32 copies one is enough
+    codes = torch.empty(k, n, dtype=torch.uint8, device=rows.device)
+    scales = torch.empty(groups, n, device=rows.device)
     zeros = torch.empty_like(scales)
     charge = inverse.diagonal().square().reciprocal() if search else None
     block = size * max(1, _BLOCK // size) if size < _BLOCK else _BLOCK
     scale, zero = scales[0], None
     for stop in range(k, 0, -block):
         start = max(stop - block, 0)
-        errors = torch.empty(stop - start, n, device=weight.device)
+        errors = torch.empty(stop - start, n, device=rows.device)
         for j in range(stop - 1, start - 1, -1):
             if (j + 1) % size == 0:  # the first input of a group: its scale is chosen from the weights as they are now
                 members = slice(j + 1 - size, j + 1)
@@ -118,6 +119,7 @@ def gptq(weight: Tensor, spec: QuantSpec, prepared: Factor, search: bool = True)
                 rows[start:j].addr_(inverse[j, start:j], error, alpha=-1)
         if start:
             rows[:start].addmm_(inverse[start:stop, :start].T, errors, alpha=-1)
+    del rows
     back = torch.argsort(order)
     return as_qtensor(codes[back].T, scales.T, None if zero is None else zeros.T, spec)
 

@@ -189,8 +189,11 @@ class LayerJob:
                 assigned = self.assigned[name]
                 method, note = self._method(held, assigned, statistics)
                 prepared, extra = self._prepared(statistics, assigned.spec, method)  # before a float32 copy is made
+                if prepared is not None:
+                    made[name] = gptq(held.rows(at), assigned.spec, prepared)
+                else:
+                    made[name] = _codes(held.rows(at), assigned.spec, method, statistics)
                 weight = held.rows(at)
-                made[name] = _codes(weight, assigned.spec, method, statistics, prepared)
                 note = "; ".join(n for n in (assigned.note, note, extra) if n)
                 tokens = 0 if statistics is None else statistics.tokens
                 quality = sqnr(weight, made[name])
@@ -235,11 +238,7 @@ class LayerJob:
         return any(self.assigned[n].method in GPTQ for n in held.names if n in self.assigned)
 
 
-def _codes(
-    weight: Tensor, spec: QuantSpec, method: Method, statistics: Statistics | None, prepared: Factor | None
-) -> QTensor:
-    if prepared is not None:
-        return gptq(weight, spec, prepared)
+def _codes(weight: Tensor, spec: QuantSpec, method: Method, statistics: Statistics | None) -> QTensor:
     if method == "rtn":
         return requantize(weight, spec)[0]
     if method == "awq" and statistics is not None:
