@@ -12,7 +12,7 @@ from quantized_models import recipe, run
 import transload
 from transload.errors import ConfigError
 from transload.quantize.device import find_device, move, move_arguments
-from transload.quantize.gptq import _invert, _reordered, group_aware_order
+from transload.quantize.gptq import _invert, _reorder, group_aware_order
 from transload.quantize.held import held_of
 from transload.quantize.rtn import searched_scales
 from transload.quantize.skeleton import Skeleton, forward
@@ -60,7 +60,8 @@ def test_a_layer_its_statistics_and_the_maths_follow_the_device(model: Path) -> 
         for seen in watch.of.values():
             assert seen.gram is not None
             order = group_aware_order(seen.gram.diagonal(), 32)
-            made = (seen.gram, seen.rows, seen.absmax, seen.absmean, order, _invert(_reordered(seen.gram, order)))
+            _reorder(seen.gram, order)
+            made = (seen.gram, seen.rows, seen.absmax, seen.absmean, order, _invert(seen.gram))
             assert {t.device for t in made} == {ELSEWHERE}
         weight = linears[0].rows(slice(None))
         scales, zeros = searched_scales(weight.reshape(len(weight), -1, 32), parse_spec("int4-g32-asym"), None)

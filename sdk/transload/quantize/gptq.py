@@ -86,14 +86,11 @@ def gptq(weight: Tensor, spec: QuantSpec, prepared: Factor, search: bool = True)
     search: choose each group's scale by the error that GPTQ will be charged for it, instead of its largest magnitude.
     Raises ConfigError for schemes that are not integers, ValueError for weights that are not finite.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight contains NaN or infinity")
     n, k = weight.shape
     size = k if spec.group_size == PER_CHANNEL else spec.group_size
-    groups = grouped(weight, spec).shape[1]
+    groups = grouped(weight[:1], spec).shape[1]
     order, inverse = prepared.order, prepared.inverse
-    rows = weight.float().T[order].contiguous()  # [K, N]: an input's weights lie together
-    del weight  # of two float32 copies one is enough
+    rows = _by_input(weight, order)
     codes = torch.empty(k, n, dtype=torch.uint8, device=rows.device)
     scales = torch.empty(groups, n, device=rows.device)
     zeros = torch.empty_like(scales)
@@ -122,6 +119,18 @@ def gptq(weight: Tensor, spec: QuantSpec, prepared: Factor, search: bool = True)
     del rows
     back = torch.argsort(order)
     return as_qtensor(codes[back].T, scales.T, None if zero is None else zeros.T, spec)
+
+
+def _by_input(weight: Tensor, order: Tensor) -> Tensor:
+    """A weight [N, K] as float32 [K, N] in quantization order, so that an input's weights lie together; in panels,
+    because at this moment memory is fullest."""
+    n, k = weight.shape
+    rows = torch.empty(k, n, device=weight.device)
+    for start in range(0, k, _PANEL):
+        rows[start : start + _PANEL] = weight[:, order[start : start + _PANEL]].T
+    if not all(bool(torch.isfinite(part).all()) for part in torch.split(rows, _PANEL)):
+        raise ValueError("the weight contains NaN or infinity")
+    return rows
 
 
 def _scales(members: Tensor, spec: QuantSpec, charge: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -67,6 +67,11 @@ class Held(nn.Module):
         assert self.weight is not None
         return self.weight[at].float()
 
+    def stored_rows(self, at: slice) -> Tensor:
+        """The same as they are stored; nothing is copied."""
+        assert self.weight is not None
+        return self.weight[at]
+
     def take(self, made: dict[str, QTensor]) -> None:
         """Goes on with quantized pieces; the float weight is let go when it is not needed any more."""
         self.quantized |= made

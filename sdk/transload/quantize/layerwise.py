@@ -190,7 +190,7 @@ class LayerJob:
                 method, note = self._method(held, assigned, statistics)
                 prepared, extra = self._prepared(statistics, assigned.spec, method)  # before a float32 copy is made
                 if prepared is not None:
-                    made[name] = gptq(held.rows(at), assigned.spec, prepared)
+                    made[name] = gptq(held.stored_rows(at), assigned.spec, prepared)
                 else:
                     made[name] = _codes(held.rows(at), assigned.spec, method, statistics)
                 weight = held.rows(at)
