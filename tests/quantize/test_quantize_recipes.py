@@ -22,6 +22,7 @@ def test_the_shipped_recipes() -> None:
     assert list(found) == [
         "int4-g128",
         "int4-g128-awq",
+        "int4-g128-rotated",
         "int4-g32",
         "w4a8-ascend-moe",
         "w4a8-g128",
