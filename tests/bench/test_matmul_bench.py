@@ -42,7 +42,7 @@ def test_experts_are_compared_with_loops_over_every_peer() -> None:
     settings = replace(QUICK, environments=(Path(sys.executable),))
     (row,) = rows_of(cases.MatmulCase(32, 64, 2, 32, "w4a8", experts=3), settings)
     assert row.experts == 3
-    assert {"torch bf16", "torch fp32", "torch int4pack"} <= row.peers.keys()
+    assert {"torch bf16", "torch fp32", "torch int4pack", "torch dyn_quant"} <= row.peers.keys()
     assert row.errors["torch bf16"] < 1e-2
     assert row.errors["torch fp32"] < 1e-6
 

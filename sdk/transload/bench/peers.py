@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, util
 from pathlib import Path
+from platform import machine
 from typing import Any
 
 import numpy as np
 import torch
 
 Call = Callable[[], torch.Tensor]
+_SLOW = 10**9  # products that kernels in plain C++ are not given
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +89,16 @@ def torch_int4pack(d: Data) -> Call:
     sides = torch.stack([d.scales.T, zeros], -1).contiguous().bfloat16()
     x = d.x.bfloat16()
     return lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, d.group, sides)
+
+
+def torch_dyn_quant(d: Data) -> Call:
+    """torch's W4A8 kernel: int8 activations per token. On x86 it is plain C++, about a second per 10^9 products."""
+    n, k = d.codes.shape
+    if len(d.x) * n * k > _SLOW and machine() in ("x86_64", "AMD64"):
+        raise ValueError("torch has only plain C++ for it on this processor: left out above 10^9 products")
+    pairs = (d.codes[:, ::2] | d.codes[:, 1::2] << 4).contiguous()
+    packed = torch.ops.aten._dyn_quant_pack_4bit_weight(pairs, d.scales, None, d.group, k, n)
+    return lambda: torch.ops.aten._dyn_quant_matmul_4bit(d.x, packed, d.group, k, n)
 
 
 def openvino(precision: str, quantized: bool) -> Callable[[Data], Call]:
@@ -195,6 +207,7 @@ PEERS = (
     Peer("torch fp32", "w16a16", torch_fp32),
     Peer("torch _int_mm", "w8a8", torch_int_mm),
     Peer("torch int4pack", "w4a16", torch_int4pack),
+    Peer("torch dyn_quant", "w4a8", torch_dyn_quant),
     Peer("openvino a8", "w4a8", openvino("f32", True)),
     Peer("openvino bf16", "w4a16", openvino("bf16", False)),
     Peer("ark int8", "w4a8", ark("int8")),
