@@ -77,6 +77,7 @@ def digests() -> list[str]:
 
 
 def child(answer: multiprocessing.SimpleQueue[list[str]]) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads, unlike ours, do not survive a fork: torch would wait for them forever
     answer.put(digests())
 
 
