@@ -24,7 +24,8 @@ from transload.hal import Packed, Problem, backends, choose, find_device
 from transload.quant import QTensor, QuantSpec, Zero
 from transload.reference import quantize_rtn
 from transload.runtime import TransloadConfig, packed_file, report
-from transload.runtime.kept import KeptPart, KeptWeight
+from transload.runtime.below import KeptWeight
+from transload.runtime.kept import KeptPart
 from transload.runtime.packed_cache import PackedCache, binding
 from transload.runtime.stored import StoredWeights
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transload import bits
 from transload.errors import FormatError
 from transload.quant import QTensor
+from transload.runtime.below import KeptWeight
 from transload.runtime.gather import SplitRows, Weight
-from transload.runtime.kept import ROWS, KeptPart, KeptWeight
+from transload.runtime.kept import ROWS, KeptPart
 from transload.runtime.placement import Target
 from transload.runtime.weight import AnyWeight
 

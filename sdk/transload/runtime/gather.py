@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from transload.errors import ConfigError, Unsupported
 from transload.quant import QTensor, fuse_rows, stack_experts
+from transload.runtime.below import Below
 from transload.runtime.trace import Piece, Recipe
 
 
-@dataclass(frozen=True, slots=True)
-class SplitRows:
+class SplitRows(Below[QTensor]):
     """Neighbouring rows of one parameter in different schemes: gate in 5 bits and up in 8, say. Offers what a QTensor
     offers to those who cut and multiply."""
-
-    parts: tuple[QTensor, ...]
-
-    @property
-    def n(self) -> int:
-        """Out features of all parts."""
-        return sum(part.n for part in self.parts)
-
-    @property
-    def k(self) -> int:
-        """In features."""
-        return self.parts[0].k
-
-    @property
-    def experts(self) -> int | None:
-        """Length of the leading expert axis, None for a plain linear."""
-        return self.parts[0].experts
 
     def expert(self, index: int) -> Weight:
         """One expert of a stacked weight."""

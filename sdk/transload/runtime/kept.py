@@ -42,25 +42,3 @@ class KeptPart:
             side(scale) if zero is Zero.MINS else None,
             torch.empty(self.k, dtype=torch.int32, device="meta") if self.spec.act_order else None,
         )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KeptWeight:
-    """The weight of one parameter: one part, or several below each other in schemes of their own."""
-
-    parts: tuple[KeptPart, ...]
-
-    @property
-    def n(self) -> int:
-        """Out features of all parts."""
-        return sum(part.n for part in self.parts)
-
-    @property
-    def k(self) -> int:
-        """In features."""
-        return self.parts[0].k
-
-    @property
-    def experts(self) -> int | None:
-        """Length of the leading expert axis, None for a plain linear."""
-        return self.parts[0].experts

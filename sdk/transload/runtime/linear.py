@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from transload.errors import FormatError
+from transload.runtime.below import KeptWeight
 from transload.runtime.gather import Weight
-from transload.runtime.kept import KeptWeight
 from transload.runtime.placement import Target, target
 from transload.runtime.weight import AnyWeight, pack
 

@@ -23,8 +23,9 @@ from transload import __version__
 from transload.checkpoint import Checkpoint
 from transload.errors import ConfigError, FormatError, NoKernel
 from transload.hal import Packed
+from transload.runtime.below import KeptWeight
 from transload.runtime.embedding import RowStore
-from transload.runtime.kept import KeptPart, KeptWeight
+from transload.runtime.kept import KeptPart
 from transload.runtime.packed_file import read, write
 from transload.runtime.placement import Target, place
 from transload.runtime.weight import AnyWeight, PackedWeight, SplitWeight

@@ -28,7 +28,8 @@ from transload.formats.neutral import scheme_from_json, scheme_to_json
 from transload.headers import TensorInfo, read_safetensors_header
 from transload.headers.info import shown
 from transload.headers.jsonfile import parse_json
-from transload.runtime.kept import KeptPart, KeptWeight
+from transload.runtime.below import KeptWeight
+from transload.runtime.kept import KeptPart
 
 KIND, VERSION = "transload packed weights", "1"
 _ALIGNED = 64

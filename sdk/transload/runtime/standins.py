@@ -7,10 +7,10 @@ from typing import cast
 from torch import nn
 
 from transload.errors import FormatError
+from transload.runtime.below import KeptWeight
 from transload.runtime.embedding import QuantEmbedding
 from transload.runtime.experts import PROJECTIONS, QuantExperts, experts_refusal, is_experts
 from transload.runtime.gather import Weight
-from transload.runtime.kept import KeptWeight
 from transload.runtime.linear import QuantLinear
 from transload.runtime.placement import Target
 

@@ -10,10 +10,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transload.checkpoint import Checkpoint
 from transload.quant import QTensor
 from transload.runtime import standins
+from transload.runtime.below import KeptWeight
 from transload.runtime.config import Progress
 from transload.runtime.embedding import QuantEmbedding, RowStore
 from transload.runtime.gather import Weight, assemble
-from transload.runtime.kept import KeptWeight
 from transload.runtime.linear import QuantLinear
 from transload.runtime.packed_cache import PackedCache
 from transload.runtime.targets import Targets

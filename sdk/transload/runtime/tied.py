@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transload.errors import Unsupported
+from transload.runtime.below import KeptWeight
 from transload.runtime.embedding import QuantEmbedding, RowStore
 from transload.runtime.gather import SplitRows, Weight
-from transload.runtime.kept import KeptWeight
 from transload.runtime.linear import QuantLinear
 from transload.runtime.placement import Target
 from transload.runtime.standins import fill, owner_of

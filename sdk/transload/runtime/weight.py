@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transload.errors import Unsupported
 from transload.hal import Packed, Problem
 from transload.quant import QTensor, QuantSpec
+from transload.runtime.below import KeptWeight
 from transload.runtime.gather import SplitRows, Weight
-from transload.runtime.kept import KeptWeight
 from transload.runtime.placement import Placed, Target, place
 
 _PREFIX = "w_"  # a kernel may call its tensors anything, also what a module has as an attribute
