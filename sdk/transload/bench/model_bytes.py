@@ -19,7 +19,7 @@ from transload.checkpoint import Checkpoint
 def touched_bytes(model: PreTrainedModel) -> int:
     """Of a model in memory."""
     head: nn.Module | None = None
-    with suppress(NotImplementedError):
+    with suppress(NotImplementedError):  # transformers' answer for models that have no output head
         head = model.get_output_embeddings()
     seen = _ids(model.get_input_embeddings()) - (_ids(head) if head is not None else set())
     share = expert_share(model.config.get_text_config().to_dict())
