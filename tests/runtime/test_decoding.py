@@ -369,6 +369,17 @@ def test_a_copied_model_and_replaced_modules_are_seen(tmp_path: Path) -> None:
     assert is_native(other)
 
 
+def test_a_layer_that_was_cut_off_is_not_computed_any_more(tmp_path: Path) -> None:
+    model = tiny("qwen3-dim96", tmp_path)
+    whole = decode(model, TOKENS, 5)
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    cut = decode(model, TOKENS, 5)
+    assert distance(cut, plainly(model, TOKENS, 5)) < 5e-4
+    assert distance(cut[1:], whole[1:]) > 1e-2
+    assert len(model.model._prepared.decoder.layers) == 1
+
+
 def test_the_report_says_what_decodes_and_why_not(llama: PreTrainedModel, tmp_path: Path) -> None:
     assert report(llama).decoder.startswith("native")
     assert "decoder: native" in str(report(llama))

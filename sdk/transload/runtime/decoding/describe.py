@@ -77,7 +77,8 @@ def describe(model: PreTrainedModel) -> tuple[Decoder, Kernel]:
 
 def same(a: Decoder, b: Decoder) -> bool:
     """Whether two descriptions are of the same tensors."""
-    return all(x is y for x, y in zip(_tensors(a), _tensors(b), strict=False))
+    left, right = list(_tensors(a)), list(_tensors(b))
+    return len(left) == len(right) and all(x is y for x, y in zip(left, right, strict=True))
 
 
 def _tensors(d: Decoder) -> Iterator[object]:
