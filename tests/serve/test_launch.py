@@ -71,7 +71,7 @@ class Node:
             assert self._more.wait_for(lambda: found() is not None, seconds), f"no {kind} {given} in {self.events}"
             event = found()
             assert event is not None
-            del self.events[: self.events.index(event) + 1]
+            self.events.remove(event)
             return event
 
     def engine_pid(self) -> int:
@@ -192,6 +192,7 @@ def test_a_killed_node_is_reported_and_a_restart_serves_again(
     engine = worker.engine_pid()
     assert chat(head.wait("ready")["url"]) == 200
     worker.wait("ready")
+    head.wait("peer", state="ready")  # only a node that was heard can be missed
     worker.process.kill()
     with suppress(ProcessLookupError):
         os.killpg(engine, signal.SIGKILL)

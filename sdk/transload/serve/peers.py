@@ -19,6 +19,7 @@ from typing import Literal, get_args
 
 State = Literal["starting", "ready", "leaving", "failed", "gone"]
 EVERY, SILENCE = 2.0, 10.0  # seconds between lines; without one for this long, a node counts as gone
+_AGAIN = 0.25  # seconds between attempts to reach the head: a node that was never heard is not missed
 _LONGEST, _MOST = 2048, 64  # bytes a line; connections to a head
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -113,9 +114,12 @@ class Peers:
         while not self._mine.over:
             try:
                 s = socket.create_connection((address, port), timeout=self._silence)
+                if s.getsockname() == s.getpeername():  # TCP may connect to itself where nobody listens yet
+                    s.close()
+                    raise ConnectionRefusedError
             except OSError:
                 with self._mine.changed:
-                    self._mine.changed.wait(1.0)
+                    self._mine.changed.wait(_AGAIN)
                 continue
             self._keep(s)
             self._talk(s)
