@@ -4,48 +4,19 @@
 // A work item is one band times one chunk; threads take items as they finish (a busy core takes fewer). The threads that
 // come to a band first quantize its activations together.
 #include <algorithm>
-#include <cstdlib>
 #include <exception>
-#include <new>
 #include <vector>
 
 #include "isa.h"
 #include "parallel.h"
+#include "product.h"
+#include "scratch.h"
 
 namespace transload {
 namespace {
 
 constexpr int64_t kItemsPerThread = 8;          // enough to even out a core that is slowed down
 constexpr int64_t kSerialBytes = 96 << 10;      // weights below this are not worth waking a second thread
-constexpr size_t kKeptBytes = size_t(64) << 20; // larger scratch memory is given back after the call
-
-// Memory of the calling thread, kept between calls.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-
-  uint8_t *reserve(size_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = 0;
-      memory_ = static_cast<uint8_t *>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-      if (memory_ == nullptr) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return memory_;
-  }
-
-  void release_large() {
-    if (size_ <= kKeptBytes) return;
-    std::free(memory_);
-    memory_ = nullptr;
-    size_ = 0;
-  }
-
- private:
-  uint8_t *memory_ = nullptr;
-  size_t size_ = 0;
-};
 
 // Some rows of one expert: a tile of quantized activations, or a run of tiles.
 struct Rows {
@@ -58,6 +29,7 @@ struct Band {
 
 struct Work {
   const tl_product *call;
+  Output output;
   const Isa *isa;
   Plan plan;
   std::vector<Rows> tiles;
@@ -147,8 +119,11 @@ void quantize_slot(const Work &w, int64_t slot, int worker) {
   auto *bytes = reinterpret_cast<int8_t *>(memory + weight.kp * 4);
   const int64_t row_bytes = w.call->x_stride * dtype_bytes(w.call->x_dtype);
   const auto *x = static_cast<const uint8_t *>(w.call->x) + (rows.first + i) * row_bytes;
-  w.isa->read_row(x, w.call->x_dtype, weight.geometry.k, weight.kp, order_of(w), floats);
-  w.isa->quantize_row(w.plan, floats, static_cast<int>(w.plan.split ? 2 * i : i), bytes, w.tile(index));
+  const int row = static_cast<int>(w.plan.split ? 2 * i : i);
+  const bool as_it_is = w.call->x_dtype == TL_FLOAT32 && !weight.geometry.act_order && weight.geometry.k == weight.kp &&
+                        reinterpret_cast<uintptr_t>(x) % alignof(float) == 0;
+  if (!as_it_is) w.isa->read_row(x, w.call->x_dtype, weight.geometry.k, weight.kp, order_of(w), floats);
+  w.isa->quantize_row(w.plan, as_it_is ? reinterpret_cast<const float *>(x) : floats, row, bytes, w.tile(index));
 }
 
 void multiply_item(const Work &w, int64_t item, int worker) {
@@ -165,8 +140,9 @@ void multiply_item(const Work &w, int64_t item, int worker) {
     const int outputs = static_cast<int>(std::min<int64_t>(kPanel, n - column));
     const float *bias = w.call->bias ? w.call->bias + head.expert * n + column : nullptr;
     w.isa->multiply(w.plan, panel_at(weight, w.call->packed, head.expert, panel), run, out);
+    const Output &to = w.output;
     for (int64_t i = 0; i < tokens; i++)
-      w.isa->store_row(out + i * kPanel, bias, outputs, w.call->y, (head.first + i) * n + column, w.call->x_dtype);
+      w.isa->store_row(out + i * kPanel, bias, outputs, to.y, (head.first + i) * to.stride + column, to.dtype);
   }
 }
 
@@ -194,11 +170,11 @@ bool addressable(int64_t m, int64_t row) {
 }
 
 // Rows can be addressed, and counts add up to m.
-bool valid(const tl_product &c, const Layout &w) {
-  if (c.m < 0 || (c.m > 0 && (!c.x || !c.y)) || c.threads < 1) return false;
+bool valid(const tl_product &c, const Output &output, const Layout &w) {
+  if (c.m < 0 || (c.m > 0 && (!c.x || !output.y)) || c.threads < 1) return false;
   if (c.x_dtype < TL_FLOAT32 || c.x_dtype > TL_FLOAT16) return false;
   if ((c.act_bits != 8 && c.act_bits != 16) || (c.m > 1 && c.x_stride < w.geometry.k)) return false;
-  if (c.m > 1 && (!addressable(c.m, c.x_stride) || !addressable(c.m, w.geometry.n))) return false;
+  if (c.m > 1 && (!addressable(c.m, c.x_stride) || !addressable(c.m, output.stride))) return false;
   if (!c.counts) return w.geometry.experts == 1;
   int64_t rows = 0;
   for (int64_t e = 0; e < w.geometry.experts; e++) {
@@ -221,13 +197,11 @@ int rows_of_tile(const Isa &isa, const Plan &p, int64_t rows) {
   return static_cast<int>((even + step - 1) / step * step);
 }
 
-tl_status matmul(const tl_product &call) {
-  Layout layout;
-  const tl_status status = read_header(call.packed, call.packed_bytes, &layout);
-  if (status != TL_OK) return status;
-  if (!valid(call, layout)) return TL_BAD_ARGUMENT;
+tl_status multiply_rows(const tl_product &call, const Output &output, const Layout &layout) {
+  if (!valid(call, output, layout)) return TL_BAD_ARGUMENT;
   Work w{};
   w.call = &call;
+  w.output = output;
   if (!plan_of(layout, call.act_bits, call.act_group, &w.plan)) return TL_BAD_ARGUMENT;
   int64_t rows = most_rows(call, w.plan);
   w.isa = find_isa(call.isa, w.plan, rows);
@@ -252,13 +226,28 @@ tl_status matmul(const tl_product &call) {
   return TL_OK;
 }
 
+// A plain result: rows of the weight's outputs, of x's type.
+tl_status multiply_all(const tl_product &call) {
+  Layout layout;
+  const tl_status status = read_header(call.packed, call.packed_bytes, &layout);
+  if (status != TL_OK) return status;
+  return multiply_rows(call, {call.y, layout.geometry.n, call.x_dtype}, layout);
+}
+
 }  // namespace
+
+tl_status multiply_rows(const tl_product &call, const Output &output) {
+  Layout layout;
+  const tl_status status = read_header(call.packed, call.packed_bytes, &layout);
+  return status == TL_OK ? multiply_rows(call, output, layout) : status;
+}
+
 }  // namespace transload
 
 extern "C" int32_t tl_matmul(const tl_product *product) {
   if (product == nullptr) return TL_BAD_ARGUMENT;
   try {
-    return transload::matmul(*product);
+    return transload::multiply_all(*product);
   } catch (const std::exception &) {  // bad_alloc, or length_error for more than a vector can ever hold
     return TL_OUT_OF_MEMORY;
   }

@@ -77,15 +77,25 @@ void quantize_row(const Plan &p, const float *x, int row, int8_t *bytes, const T
   if (p.split) place_row(p, lower, row + 1, tile.q);
 }
 
-void store_row(const float *out, const float *bias, int n, void *y, int64_t at, int32_t dtype) {
-  float sums[kPanel];
-  for (int i = 0; i < n; i++) sums[i] = bias ? out[i] + bias[i] : out[i];
+inline __attribute__((always_inline)) void store_floats(const float *sums, int n, void *y, int64_t at, int32_t dtype) {
   if (dtype == TL_FLOAT32) {
     std::memcpy(static_cast<float *>(y) + at, sums, static_cast<size_t>(n) * 4);
     return;
   }
   auto *halves = static_cast<uint16_t *>(y) + at;
   for (int i = 0; i < n; i++) halves[i] = dtype == TL_BFLOAT16 ? to_bfloat16(sums[i]) : to_float16(sums[i]);
+}
+
+void store_row(const float *out, const float *bias, int n, void *y, int64_t at, int32_t dtype) {
+  float sums[kPanel];
+  if (bias != nullptr) {
+    for (int i = 0; i < n; i++) sums[i] = out[i] + bias[i];
+    out = sums;
+  }
+  if (n == kPanel)
+    store_floats(out, kPanel, y, at, dtype);  // a constant length: a few vectors
+  else
+    store_floats(out, n, y, at, dtype);
 }
 
 // Tile after tile, for the instruction sets that need nothing in common between tiles.
