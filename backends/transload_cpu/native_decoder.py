@@ -93,9 +93,7 @@ class NativeDecoder(DecoderStep):
         """See DecoderStep."""
         assert isinstance(cache, BoundCache)  # of our own `bind`
         y = torch.empty(self._hidden)
-        for t, size in ((x, self._hidden), (cos, self._half), (sin, self._half)):
-            if t.dtype is not torch.float32 or t.numel() != size or not t.is_contiguous():
-                raise ConfigError(f"native decoder: {t.dtype} {tuple(t.shape)}, expected contiguous float32 [{size}]")
+        self._check(1, x, cos, sin)
         token = native.DecoderToken(
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             ctypes.addressof(cache.keys), ctypes.addressof(cache.values), cache.capacity, length,
@@ -103,6 +101,25 @@ class NativeDecoder(DecoderStep):
         )  # fmt: skip
         check(self._library.tl_decoder_step(self._handle, ctypes.byref(token)), "decoder step")
         return y
+
+    def run_many(self, x: Tensor, cos: Tensor, sin: Tensor, cache: object, length: int) -> Tensor:
+        """See DecoderStep."""
+        assert isinstance(cache, BoundCache)  # of our own `bind`
+        y = torch.empty(len(x), self._hidden)
+        self._check(len(x), x, cos, sin)
+        prompt = native.DecoderPrompt(
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            ctypes.addressof(cache.keys), ctypes.addressof(cache.values), cache.capacity, length, len(x),
+            y.data_ptr(), DTYPES[cache.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        check(self._library.tl_decoder_prompt_run(self._handle, ctypes.byref(prompt)), "decoder prompt")
+        return y
+
+    def _check(self, tokens: int, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        for t, width in ((x, self._hidden), (cos, self._half), (sin, self._half)):
+            if t.dtype is not torch.float32 or t.numel() != tokens * width or not t.is_contiguous():
+                found = f"{t.dtype} {tuple(t.shape)}"
+                raise ConfigError(f"native decoder: {found}, expected contiguous float32 [{tokens}, {width}]")
 
     def _floats(self, t: Tensor | None) -> int | None:
         """The address of a float32 copy (or of `t` itself) that lives as long as this object."""

@@ -132,6 +132,24 @@ class DecoderToken(ctypes.Structure):
     )
 
 
+class DecoderPrompt(ctypes.Structure):
+    """tl_decoder_prompt: several tokens in one call."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("capacity", c_int64),
+        ("length", c_int64),
+        ("count", c_int64),
+        ("y", c_void_p),
+        ("cache_dtype", c_int32),
+        ("threads", c_int32),
+    )
+
+
 _SIGNATURES = {
     "tl_packed_bytes": (POINTER(Geometry), POINTER(c_int64)),
     "tl_pack": (POINTER(Geometry), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
@@ -142,6 +160,7 @@ _SIGNATURES = {
     "tl_matmul": (POINTER(Product),),
     "tl_decoder_new": (POINTER(DecoderShape), c_void_p, c_void_p, c_int64, POINTER(c_void_p)),
     "tl_decoder_step": (c_void_p, POINTER(DecoderToken)),
+    "tl_decoder_prompt_run": (c_void_p, POINTER(DecoderPrompt)),
     "tl_layout_version": (),
 }
 

@@ -125,7 +125,7 @@ class Decoder:
 
 
 class DecoderStep(ABC):
-    """One token of one sequence through all layers of a decoder, in one call."""
+    """Tokens of one sequence through all layers of a decoder, in one call."""
 
     @abstractmethod
     def bind(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> object:
@@ -136,6 +136,13 @@ class DecoderStep(ABC):
         """The hidden state [hidden] behind the last norm. x [hidden]; cos, sin [rotary / 2] of its position; float32.
 
         length: tokens that the cache holds; the key and value of this token are written behind them.
+        """
+
+    @abstractmethod
+    def run_many(self, x: Tensor, cos: Tensor, sin: Tensor, cache: object, length: int) -> Tensor:
+        """`run` for T tokens that follow each other, each seeing those up to itself: [T, hidden].
+
+        x [T, hidden]; cos, sin [T, rotary / 2]. The cache has room for length + T tokens.
         """
 
 

@@ -75,7 +75,7 @@ def decode(model: Any, tokens: torch.Tensor, prompt: int, cache: DynamicCache | 
 
 
 class Plain:
-    """A model whose single tokens go through transformers' layers, for as long as this lasts."""
+    """A model whose tokens go through transformers' layers, for as long as this lasts."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.stepwise = model, model.model
@@ -114,6 +114,21 @@ def steps(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return run(self, x, cos, sin, cache, length)
 
     monkeypatch.setattr(type(step), "run", counted)
+    return taken
+
+
+@pytest.fixture
+def prompts(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(length before, tokens) of every prompt that the model takes natively."""
+    taken: list[tuple[int, int]] = []
+    step = llama.model._prepared.step
+    run_many = type(step).run_many
+
+    def counted(self: Any, x: Any, cos: Any, sin: Any, cache: Any, length: int) -> Any:
+        taken.append((length, len(x)))
+        return run_many(self, x, cos, sin, cache, length)
+
+    monkeypatch.setattr(type(step), "run_many", counted)
     return taken
 
 
@@ -238,22 +253,33 @@ def test_our_loop_leaves_to_transformers_what_it_does_not_do(llama: PreTrainedMo
         assert not suits(plain, transformers.GenerationConfig())
 
 
-def test_what_the_step_does_not_do_goes_through_transformers_layers(llama: PreTrainedModel, steps: list[int]) -> None:
+def test_what_the_step_does_not_do_goes_through_transformers_layers(
+    llama: PreTrainedModel, steps: list[int], prompts: list[tuple[int, int]]
+) -> None:
     cases: dict[str, dict[str, Any]] = {
         "two sequences": {"input_ids": torch.tensor([[1], [2]])},
         "padding": {"input_ids": torch.tensor([[1]]), "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
         "hidden states": {"input_ids": torch.tensor([[1]]), "output_hidden_states": True},
         "attentions": {"input_ids": torch.tensor([[1]]), "output_attentions": True},
-        "three tokens": {"input_ids": torch.tensor([[1, 2, 3]])},
+        "three hidden states": {"input_ids": torch.tensor([[1, 2, 3]]), "output_hidden_states": True},
+        "three padded tokens": {
+            "input_ids": torch.tensor([[1, 2, 3]]),
+            "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]]),
+        },
+        "positions with a gap": {
+            "input_ids": torch.tensor([[1, 2, 3]]),
+            "position_ids": torch.tensor([[5, 6, 8]]),
+        },
     }
     for name, case in cases.items():
         with Plain(llama) as plain:
             want = _after_five(plain, case)
         got = _after_five(llama, case)
-        assert torch.equal(got.logits, want.logits), name
+        assert distance(got.logits, want.logits) < 5e-4, name
         assert (got.hidden_states is None) == (want.hidden_states is None), name
         assert (got.attentions is None) == (want.attentions is None), name
     assert steps == []
+    assert prompts == [(0, 5)] * (len(cases) - 1)  # two sequences have none
     after = _after_five(llama, {"input_ids": torch.tensor([[1]])})  # hooks that transformers left do not matter
     assert steps == [5]
     assert after.hidden_states is None
@@ -265,6 +291,38 @@ def _after_five(model: PreTrainedModel, case: dict[str, Any]) -> Any:
     with torch.no_grad():
         model(TOKENS[:, :5].expand(rows, 5), past_key_values=cache, use_cache=True)
         return model(past_key_values=cache, use_cache=True, **case)
+
+
+def test_prompts_and_what_follows_take_one_call_each(llama: PreTrainedModel, prompts: list[tuple[int, int]]) -> None:
+    cache = DynamicCache(config=llama.config)
+    out = []
+    with torch.inference_mode():
+        embeds = llama.get_input_embeddings()(TOKENS[:, 24:])
+        out.append(llama(TOKENS[:, :20], past_key_values=cache, use_cache=True).logits)
+        mask, positions = torch.ones(1, 24, dtype=torch.int64), torch.arange(20, 24).unsqueeze(0)
+        out.append(llama(TOKENS[:, 20:24], mask, positions, past_key_values=cache, use_cache=True).logits)
+        out.append(llama(inputs_embeds=embeds, past_key_values=cache, use_cache=True).logits)
+        with Plain(llama) as plain:
+            want = plain(TOKENS).logits
+    assert prompts == [(0, 20), (20, 4), (24, 6)]
+    assert distance(torch.cat(out, dim=1), want) < 5e-4
+    assert cache.get_seq_length() == 30
+
+
+def test_gradients_and_training_go_through_transformers_layers(
+    llama: PreTrainedModel, prompts: list[tuple[int, int]]
+) -> None:
+    llama(TOKENS)
+    llama.train()
+    with torch.no_grad():
+        llama(TOKENS)
+    llama.eval()
+    assert prompts == []
+    with torch.no_grad():
+        llama(TOKENS, use_cache=False)
+        assert prompts == []
+        llama(TOKENS)
+    assert prompts == [(0, 30)]
 
 
 def test_positions_of_the_caller_are_respected(llama: PreTrainedModel) -> None:

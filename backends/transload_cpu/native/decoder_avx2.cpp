@@ -1,5 +1,5 @@
 // AVX2 with FMA.
-#include "decoder_vectors.h"
+#include "prompt_vectors.h"
 
 namespace transload {
 

@@ -1,5 +1,5 @@
 // AVX512.
-#include "decoder_vectors.h"
+#include "prompt_vectors.h"
 
 namespace transload {
 

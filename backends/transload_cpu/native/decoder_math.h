@@ -14,6 +14,18 @@ struct Attention {
   int32_t cache_dtype;        // TL_FLOAT32 or TL_BFLOAT16
 };
 
+// The same for many tokens that follow each other in one sequence, each of which sees those up to itself.
+struct PromptAttention {
+  const float *q;             // token t's heads at q + t * q_stride: [queries][dim], scaled already
+  float *out;                 // the same, out_stride apart
+  int64_t q_stride, out_stride;
+  const void *keys, *values;  // [tokens][dim] of cache_dtype, from the start of the sequence
+  int64_t dim, queries, tokens;
+  int64_t first;              // place of the first of the tokens in the sequence
+  int64_t window;             // tokens that a token sees, itself among them; 0 for all
+  int32_t cache_dtype;        // TL_FLOAT32 or TL_BFLOAT16
+};
+
 struct DecoderMath {
   // out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]; out may be x.
   void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
@@ -32,6 +44,10 @@ struct DecoderMath {
   // Joins `parts` results of attend for one query; entries of part p lie `stride` apart. out [dim], divided.
   void (*join)(int64_t parts, int64_t stride, const float *largest, const float *sum, const float *values, int64_t dim,
                float *out);
+
+  // Memory: prompt_floats(tokens * queries, dim) floats, aligned to 64.
+  void (*attend_many)(const PromptAttention &a, float *memory);
+  int64_t (*prompt_floats)(int64_t rows, int64_t dim);
 
   // y[i] += x[i].
   void (*add)(const float *x, int64_t n, float *y);

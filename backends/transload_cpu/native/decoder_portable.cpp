@@ -1,5 +1,5 @@
 // Plain C++, four floats at a time.
-#include "decoder_vectors.h"
+#include "prompt_vectors.h"
 
 namespace transload {
 

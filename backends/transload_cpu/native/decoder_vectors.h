@@ -194,7 +194,7 @@ void float_rows(const void *weight, int32_t dtype, int64_t k, int64_t from, int6
 
 #undef TL_INLINE
 
-#define TRANSLOAD_DECODER_MATH {rms_norm, rotate, gate, attend, join, add, store, float_rows}
+#define TRANSLOAD_DECODER_MATH {rms_norm, rotate, gate, attend, join, attend_many, prompt_floats, add, store, float_rows}
 
 }  // namespace
 }  // namespace transload

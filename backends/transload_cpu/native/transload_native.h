@@ -149,6 +149,18 @@ typedef struct {
 // One token through all layers.
 TL_API int32_t tl_decoder_step(const void *decoder, const tl_decoder_token *token);
 
+typedef struct {
+  const float *x;                // [count][hidden], embeddings of tokens that follow each other
+  const float *cos, *sin;        // [count][rotary / 2]
+  void *const *keys, *const *values; // as in tl_decoder_token; the tokens are added
+  int64_t capacity, length, count; // length + count is at most capacity
+  float *y;                      // [count][hidden], normed
+  int32_t cache_dtype, threads;
+} tl_decoder_prompt;
+
+// Several tokens through all layers, each seeing those up to itself. After an error the cache holds as before.
+TL_API int32_t tl_decoder_prompt_run(const void *decoder, const tl_decoder_prompt *prompt);
+
 #ifdef __cplusplus
 }
 #endif

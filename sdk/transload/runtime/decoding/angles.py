@@ -11,7 +11,7 @@ _BLOCK = 512  # positions that are computed together
 
 
 class Angles:
-    """cos and sin float32 [rotary / 2] of one position after the other."""
+    """cos and sin float32 [rotary / 2] of positions."""
 
     def __init__(self, rotary: nn.Module) -> None:
         self._rotary = rotary
@@ -23,10 +23,21 @@ class Angles:
         if not self._fixed:
             cos, sin = self._compute(position, position + 1)
             return cos[0], sin[0]
-        table = self._table
-        if table is None or position >= len(table[0]):
-            table = self._table = self._compute(0, (position // _BLOCK + 1) * _BLOCK)
-        return table[0][position], table[1][position]
+        cos, sin = self._until(position + 1)
+        return cos[position], sin[position]
+
+    def between(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The angles [last - first, rotary / 2] of positions [first, last) that are asked for together."""
+        if not self._fixed:
+            return self._compute(first, last)
+        cos, sin = self._until(last)
+        return cos[first:last], sin[first:last]
+
+    def _until(self, last: int) -> tuple[Tensor, Tensor]:
+        """The table, long enough for positions below `last`."""
+        if self._table is None or last > len(self._table[0]):
+            self._table = self._compute(0, (last + _BLOCK - 1) // _BLOCK * _BLOCK)
+        return self._table
 
     def _compute(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False), torch.no_grad():

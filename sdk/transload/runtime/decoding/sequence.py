@@ -21,13 +21,13 @@ class Sequence:
         self.bound = step.bind([room.reserve(0)[0] for room in keys], [room.reserve(0)[0] for room in values])
         self._capacity = self._rooms[0][1].shape[2]
 
-    def fits(self, cache: DynamicCache, step: DecoderStep, length: int) -> bool:
-        """Whether nothing was replaced since, all layers hold `length` tokens, and one more has room."""
-        if self._step is not step or length >= self._capacity or cache.layers != self._layers:
+    def fits(self, cache: DynamicCache, step: DecoderStep, length: int, more: int) -> bool:
+        """Whether nothing was replaced since, all layers hold `length` tokens, and `more` have room."""
+        if self._step is not step or length + more > self._capacity or cache.layers != self._layers:
             return False
         return all(room.buffer is buffer and room.length == length for room, buffer in self._rooms)
 
-    def grown(self) -> None:
-        """Counts the token that the step has added."""
+    def grown(self, tokens: int) -> None:
+        """Counts the tokens that the step has added."""
         for room, _ in self._rooms:
-            room.length += 1
+            room.length += tokens

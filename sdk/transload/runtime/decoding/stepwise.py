@@ -1,7 +1,7 @@
-"""A transformers decoder in which a single token takes one call of the device's own step instead of its layers.
+"""A transformers decoder in which the tokens of one sequence take one call of the device's own instead of its layers.
 
-Prompts, batches and everything else that the step does not do go through transformers' layers, which share weights and
-cache with it. So every option of transformers works, and the ordinary case is fast.
+Batches and everything else that the call does not do go through transformers' layers, which share weights and cache
+with it. So every option of transformers works, and the ordinary case is fast.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Prepared:
 class StepwiseModel(nn.Module):
     """Stands in for a decoder (LlamaModel, ...) and has its children under their names.
 
-    reason: None while single tokens take the step, or why they do not.
+    reason: None while one sequence takes the step, or why it does not.
     """
 
     reason: str | None
@@ -114,17 +114,17 @@ class StepwiseModel(nn.Module):
             use_cache = self.inner.config.use_cache
         if past_key_values is None and use_cache and not self.training:
             past_key_values = DynamicCache(config=self.inner.config)
-        token = input_ids if inputs_embeds is None else inputs_embeds
-        if token is not None and token.shape[:2] == (1, 1) and use_cache and _asks_nothing(kwargs, self.inner.config):
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        count = 0 if tokens is None or tokens.shape[0] != 1 else tokens.shape[1]  # of one sequence
+        if count != 1 and not torch.compiler.is_compiling():
+            self.prepare()
+        if count > 0 and use_cache and _asks_nothing(kwargs, self.inner.config):
             position = kwargs.get("cache_position") if position_ids is None else position_ids
-            state = self._one_token(input_ids, inputs_embeds, attention_mask, position, past_key_values)
+            state = self._natively(input_ids, inputs_embeds, attention_mask, position, past_key_values)
             if state is not None:
                 return BaseModelOutputWithPast(last_hidden_state=state, past_key_values=past_key_values)
-        elif not torch.compiler.is_compiling():
-            self.prepare()
-            one = token is not None and token.shape[0] == 1
-            if one and self._prepared is not None and type(past_key_values) is DynamicCache:
-                make_growing(past_key_values, len(self.inner.layers))
+        if count > 1 and self._prepared is not None and type(past_key_values) is DynamicCache:
+            make_growing(past_key_values, len(self.inner.layers))
         return self.inner(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -135,7 +135,7 @@ class StepwiseModel(nn.Module):
             **kwargs,
         )
 
-    def _one_token(
+    def _natively(
         self,
         input_ids: Tensor | None,
         embeds: Tensor | None,
@@ -143,7 +143,7 @@ class StepwiseModel(nn.Module):
         position_ids: Tensor | None,
         cache: Any,
     ) -> Tensor | None:
-        """The hidden state [1, 1, hidden] of one token of one sequence; None where transformers' layers must do it."""
+        """Hidden states [1, T, hidden] of tokens of one sequence; None where transformers' layers must do it."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if self._changed:
@@ -151,18 +151,25 @@ class StepwiseModel(nn.Module):
         prepared = self._prepared
         if prepared is None or type(cache) is not DynamicCache:
             return None
-        length = cache.get_seq_length()
-        if attention_mask is not None and not _sees_all(attention_mask, length + 1):
+        length, count = cache.get_seq_length(), cast(Tensor, input_ids if embeds is None else embeds).shape[1]
+        if attention_mask is not None and not _sees_all(attention_mask, length + count):
             return None
-        sequence = self._sequence(cache, prepared, length)
-        if sequence is None:
+        first = length if position_ids is None else _first_of(position_ids, count)
+        sequence = None if first is None else self._sequence(cache, prepared, length, count)
+        if sequence is None or first is None:
             return None
-        position = length if position_ids is None else int(position_ids)
-        x = self._row(input_ids, prepared) if embeds is None else embeds
-        cos, sin = prepared.angles.at(position)
-        state = prepared.step.run(x.detach().to(torch.float32).reshape(-1), cos, sin, sequence.bound, length)
-        sequence.grown()
-        return state.to(x.dtype).reshape(1, 1, -1)
+        x = self._row(input_ids, prepared) if embeds is None and count == 1 else embeds
+        if x is None:
+            x = cast(Tensor, self.embed_tokens(input_ids))
+        floats = x.detach().to(torch.float32)
+        if count == 1:
+            cos, sin = prepared.angles.at(first)
+            state = prepared.step.run(floats.reshape(-1), cos, sin, sequence.bound, length)
+        else:
+            cos, sin = prepared.angles.between(first, first + count)
+            state = prepared.step.run_many(floats[0].contiguous(), cos, sin, sequence.bound, length)
+        sequence.grown(count)
+        return state.to(x.dtype).reshape(1, count, -1)
 
     def _row(self, token: Any, prepared: _Prepared) -> Tensor:
         """The embedding [1, 1, hidden] of a token int [1, 1]. Quantized rows are kept for when a token comes again."""
@@ -176,10 +183,10 @@ class StepwiseModel(nn.Module):
             row = rows[index] = self.embed_tokens(token)
         return row
 
-    def _sequence(self, cache: DynamicCache, prepared: _Prepared, length: int) -> Sequence | None:
-        """The sequence of a cache with room for one more token; None for a cache that is not one sequence."""
+    def _sequence(self, cache: DynamicCache, prepared: _Prepared, length: int, count: int) -> Sequence | None:
+        """The sequence of a cache with room for more tokens; None for a cache that is not one sequence."""
         known = self._sequences.get(cache)
-        if known is not None and known.fits(cache, prepared.step, length):
+        if known is not None and known.fits(cache, prepared.step, length, count):
             return known
         d = prepared.decoder
         if not make_growing(cache, len(d.layers)):
@@ -189,10 +196,10 @@ class StepwiseModel(nn.Module):
             if not layer.is_initialized:
                 layer.lazy_initialization(empty, empty)
         rooms = [room for layer in cache.layers for room in (layer.key_room, layer.value_room)]
-        if any(room.length != length or room.reserve(1).shape[0] != 1 for room in rooms):
+        if any(room.length != length or room.reserve(count).shape[0] != 1 for room in rooms):
             return None
         even(rooms)
-        if rooms[0].reserve(1).dtype not in DTYPES:
+        if rooms[0].reserve(count).dtype not in DTYPES:
             return None
         self._sequences[cache] = Sequence(cache, prepared.step)
         return self._sequences[cache]
@@ -240,6 +247,15 @@ def _asks_nothing(kwargs: Mapping[str, Any], config: Any) -> bool:
     if kwargs.get("return_dict") is False or kwargs.get("is_causal") is False:
         return False
     return not (getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False))
+
+
+def _first_of(positions: Tensor, count: int) -> int | None:
+    """The first of `count` positions that follow each other; None for any others."""
+    flat = positions.reshape(-1)
+    if len(flat) != count:
+        return None
+    first = int(flat[0])
+    return first if count == 1 or torch.equal(flat.long(), torch.arange(first, first + count)) else None
 
 
 def _sees_all(mask: Any, tokens: int) -> bool:
