@@ -18,7 +18,6 @@ from transload_cpu.native_library import DTYPES, check
 CACHE_DTYPES = (torch.float32, torch.bfloat16)
 _FLOATS = (torch.float32, torch.bfloat16)  # of weights that were left as they are
 _NORMS = ("attention_norm", "q_norm", "k_norm", "after_attention", "mlp_norm", "after_mlp")
-_LINEARS = ("qkv", "out", "gate_up", "down")
 
 
 def decoder(d: Decoder, isa: int) -> DecoderStep | str:
@@ -54,12 +53,13 @@ class NativeDecoder(DecoderStep):
             for name in _NORMS:
                 setattr(out, name, self._floats(getattr(layer, name)))
             out.window = layer.window or 0
-            for name in _LINEARS:
-                parts = list(self._parts(getattr(layer, name), name))
+            members = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.mlp.gate_up, "down": layer.mlp.down}
+            for name, linear in members.items():
+                parts = list(self._parts(linear, name))
                 setattr(out, name, len(parts))
                 linears += parts
         shape = native.DecoderShape(
-            len(d.layers), d.hidden, d.heads, d.kv_heads, d.head_dim, d.rotary, d.intermediate,
+            len(d.layers), d.hidden, d.heads, d.kv_heads, d.head_dim, d.rotary,
             d.eps, d.scaling, int(d.interleaved), isa, self._floats(d.norm),
         )  # fmt: skip
         self._library, self._handle = native.load(), ctypes.c_void_p()

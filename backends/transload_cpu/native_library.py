@@ -12,6 +12,7 @@ import torch
 from transload.errors import BackendError, ConfigError
 
 LAYOUT_VERSION = 1
+_INTERFACE_VERSION = 2  # of the structures below
 ENABLE = "python -m transload_cpu.build_native"  # the one command that adds the kernels to an installed package
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -106,7 +107,6 @@ class DecoderShape(ctypes.Structure):
         ("kv_heads", c_int64),
         ("head_dim", c_int64),
         ("rotary", c_int64),
-        ("intermediate", c_int64),
         ("eps", c_float),
         ("scaling", c_float),
         ("interleaved", c_int32),
@@ -162,6 +162,7 @@ _SIGNATURES = {
     "tl_decoder_step": (c_void_p, POINTER(DecoderToken)),
     "tl_decoder_prompt_run": (c_void_p, POINTER(DecoderPrompt)),
     "tl_layout_version": (),
+    "tl_interface_version": (),
 }
 
 
@@ -187,9 +188,11 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         function.argtypes, function.restype = arguments, c_int32
     library.tl_supported.argtypes, library.tl_supported.restype = (), c_uint32
     library.tl_decoder_free.argtypes, library.tl_decoder_free.restype = (c_void_p,), None
-    found = library.tl_layout_version()
-    if found != LAYOUT_VERSION:
-        raise BackendError(f"the native kernels have layout {found}, expected {LAYOUT_VERSION}; '{ENABLE}' renews them")
+    versions = {"layout": LAYOUT_VERSION, "interface": _INTERFACE_VERSION}
+    for what, expected in versions.items():
+        found = getattr(library, f"tl_{what}_version")()
+        if found != expected:
+            raise BackendError(f"the native kernels have {what} {found}, expected {expected}; '{ENABLE}' renews them")
     return library
 
 

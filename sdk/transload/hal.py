@@ -83,11 +83,19 @@ class DecoderLinear:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DecoderLayer:
-    """x += after(out(attention(qkv(norm(x))))), then x += after(down(silu(gate(norm(x))) * up(norm(x)))).
+class DecoderMlp:
+    """down(silu(gate(x)) * up(x)). gate_up: the gate's outputs before the up's."""
 
-    qkv: outputs of the queries, then keys, then values. gate_up: the gate's outputs before the up's. Norms are weights
-    of root-mean-square norms, of a whole vector or, for q and k, of one head; None where the model has none.
+    gate_up: DecoderLinear
+    down: DecoderLinear
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderLayer:
+    """x += after(out(attention(qkv(norm(x))))), then x += after(mlp(norm(x))).
+
+    qkv: outputs of the queries, then keys, then values. Norms are weights of root-mean-square norms, of a whole vector
+    or, for q and k, of one head; None where the model has none.
     window: tokens that a token sees, itself among them; None for all.
     """
 
@@ -99,8 +107,7 @@ class DecoderLayer:
     after_mlp: Tensor | None
     qkv: DecoderLinear
     out: DecoderLinear
-    gate_up: DecoderLinear
-    down: DecoderLinear
+    mlp: DecoderMlp
     window: int | None = None
 
 
@@ -119,7 +126,6 @@ class Decoder:
     head_dim: int
     rotary: int
     interleaved: bool
-    intermediate: int
     eps: float
     scaling: float
 

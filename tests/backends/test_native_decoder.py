@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transload.errors import BackendError, ConfigError
-from transload.hal import Decoder, DecoderLayer, DecoderLinear, Packed
+from transload.hal import Decoder, DecoderLayer, DecoderLinear, DecoderMlp, Packed
 from transload.quant import ActSpec, QTensor, QuantSpec, Zero
 from transload.reference import quantize_rtn
 from transload_cpu import backend, native_library
@@ -65,13 +65,16 @@ def build(kernel: NativeKernel, spec: QuantSpec, s: Shape, interleaved: bool, sa
         gate_up = linear(kernel, spec, (s.wide, s.wide), s.hidden, False)
         down = linear(kernel, spec, (s.hidden,), s.wide, True)
         extra = norms if sandwich else [norms[0], None, None, None, norms[4], None]
-        layers.append(DecoderLayer(*extra, qkv[0], out[0], gate_up[0], down[0]))
+        layers.append(DecoderLayer(*extra, qkv[0], out[0], DecoderMlp(gate_up[0], down[0])))
         floats.append((extra, qkv[1], out[1], gate_up[1], down[1]))
     norm = 1 + 0.1 * torch.randn(s.hidden)
-    d = Decoder(
-        tuple(layers), norm, s.hidden, s.heads, s.kv_heads, s.dim, s.rotary, interleaved, s.wide, 1e-5, s.dim**-0.5
-    )
+    d = Decoder(tuple(layers), norm, s.hidden, s.heads, s.kv_heads, s.dim, s.rotary, interleaved, 1e-5, s.dim**-0.5)
     return d, floats
+
+
+def with_down(layer: DecoderLayer, weight: Packed | Tensor) -> DecoderLayer:
+    """The layer with another down projection."""
+    return replace(layer, mlp=replace(layer.mlp, down=DecoderLinear(((weight, None),))))
 
 
 def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -183,7 +186,7 @@ def test_float_weights_and_mixed_widths_in_one_layer() -> None:
     first, bias = layer.qkv.parts[0][0], torch.randn(sizes[1])
     qkv = DecoderLinear(((first, None), (kernel.pack(wide), bias), (half, None)))
     down = torch.randn(s.hidden, s.wide) * 0.1
-    mixed = replace(layer, qkv=qkv, down=DecoderLinear(((down, None),)))
+    mixed = replace(layer, qkv=qkv, mlp=replace(layer.mlp, down=DecoderLinear(((down, None),))))
     rows = weights[1][0][: sizes[0]]
     joined = torch.cat([rows, wide.dequantize(), half.float()])
     biases = torch.cat([torch.zeros(sizes[0]), bias, torch.zeros(sizes[2])])
@@ -200,7 +203,7 @@ def test_act_order_weights() -> None:
     plain = quantize_rtn(torch.randn(s.hidden, s.wide) * 0.1, W4)
     order = torch.randperm(s.wide)
     shuffled = QTensor(replace(W4, act_order=True), plain.codes[:, order], plain.scales, g_idx=(order // 32).int())
-    d = replace(d, layers=(d.layers[0], replace(d.layers[1], down=DecoderLinear(((kernel.pack(shuffled), None),)))))
+    d = replace(d, layers=(d.layers[0], with_down(d.layers[1], kernel.pack(shuffled))))
     floats[1] = (*floats[1][:4], (shuffled.dequantize(), torch.zeros(s.hidden)))
     xs = torch.randn(4, s.hidden)
     assert error(run(NativeDecoder(d, kernel.isa), d, xs, 8), reference(d, floats, xs, *angles(4, s.rotary))) < 5e-4
@@ -221,13 +224,12 @@ def test_refusals_name_what_was_found() -> None:
     kernel = KERNELS[0]
     d, _ = build(kernel, W4, SHAPES["dim64"], interleaved=False, sandwich=False)
     other = next(k for k in backend.kernels if not isinstance(k, NativeKernel))
-    foreign = other.pack(quantize_rtn(torch.randn(d.hidden, d.intermediate), W4))
-    down = DecoderLinear(((foreign, None),))
-    reason = kernel.decoder(replace(d, layers=(replace(d.layers[0], down=down), d.layers[1])))
+    foreign = other.pack(quantize_rtn(torch.randn(d.hidden, 104), W4))
+    reason = kernel.decoder(replace(d, layers=(with_down(d.layers[0], foreign), d.layers[1])))
     assert reason == f"down is multiplied by kernel '{other.name}'"
-    half = DecoderLinear(((torch.zeros(d.hidden, d.intermediate, dtype=torch.float16), None),))
-    assert "torch.float16 weights" in str(kernel.decoder(replace(d, layers=(replace(d.layers[0], down=half),))))
-    narrow = replace(d.layers[0], down=d.layers[0].out)
+    half = with_down(d.layers[0], torch.zeros(d.hidden, 104, dtype=torch.float16))
+    assert "torch.float16 weights" in str(kernel.decoder(replace(d, layers=(half,))))
+    narrow = replace(d.layers[0], mlp=replace(d.layers[0].mlp, down=d.layers[0].out))
     assert "contradict" in str(kernel.decoder(replace(d, layers=(narrow,))))
     assert "sizes or types" in str(kernel.decoder(replace(d, heads=3)))
     assert other.decoder(d) == f"kernel '{other.name}' multiplies one weight at a time"

@@ -7,7 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.backends.test_native_decoder import KERNELS, SCHEMES, SHAPES, W4, Shape, angles, build, error, reference
+from tests.backends.test_native_decoder import (
+    KERNELS,
+    SCHEMES,
+    SHAPES,
+    W4,
+    Shape,
+    angles,
+    build,
+    error,
+    reference,
+    with_down,
+)
 from torch import Tensor
 
 from transload.errors import ConfigError
@@ -105,7 +116,7 @@ def test_float_weights_and_mixed_widths_in_one_layer() -> None:
     half = (torch.randn(sizes[1], s.hidden) * 0.1).bfloat16()
     qkv = DecoderLinear(((first, None), (kernel.pack(wide), bias), (half, bias)))
     down = torch.randn(s.hidden, s.wide) * 0.1
-    mixed = replace(d.layers[1], qkv=qkv, down=DecoderLinear(((down, None),)))
+    mixed = replace(with_down(d.layers[1], down), qkv=qkv)
     joined = torch.cat([floats[1][1][0][: sizes[0]], wide.dequantize(), half.float()])
     biases = torch.cat([torch.zeros(sizes[0]), bias, bias])
     floats[1] = (floats[1][0], (joined, biases), floats[1][2], floats[1][3], (down, torch.zeros(s.hidden)))

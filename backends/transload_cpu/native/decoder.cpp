@@ -1,191 +1,56 @@
-// One token through all layers of a decoder. Everything between products is a few microseconds of one thread's time,
-// except attention, which threads share by key heads and runs of tokens.
+// A decoder is checked and prepared once; decoder_step.cpp runs it.
 #include "decoder.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstdlib>
 #include <new>
-
-#include "parallel.h"
 
 namespace transload {
 namespace {
 
-// Memory of one call, cut into pieces that start at multiples of 64 bytes.
-class Pieces {
- public:
-  explicit Pieces(uint8_t *memory) : memory_(memory) {}  // null: only to add up
-
-  uint8_t *bytes(int64_t count) {
-    uint8_t *piece = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += (count + 63) / 64 * 64;
-    return piece;
-  }
-
-  float *floats(int64_t count) { return reinterpret_cast<float *>(bytes(count * 4)); }
-  int64_t used() const { return used_; }
-
- private:
-  uint8_t *memory_;
-  int64_t used_ = 0;
-};
-
-// Runs of tokens that attention is cut into.
-int64_t parts_of(int64_t tokens) { return (tokens + kTokensPerPart - 1) / kTokensPerPart; }
-
-struct Run {
-  const Decoder *decoder;
-  const tl_decoder_token *token;
-  float *x, *normed, *qkv, *attended, *gated, *gate_up, *scores, *largest, *sum, *partial;
-  uint8_t *scratch;
-};
-
-int64_t cut(const Decoder &d, const tl_decoder_token &t, uint8_t *memory, Run *run) {
-  const tl_decoder_shape &s = d.shape;
-  Pieces pieces(memory);
-  const int64_t parts = parts_of(t.length + 1), queries = s.heads * s.head_dim;
-  *run = {&d, &t, pieces.floats(s.hidden), pieces.floats(s.hidden),
-          pieces.floats(queries + 2 * s.kv_heads * s.head_dim), pieces.floats(queries), pieces.floats(s.intermediate),
-          pieces.floats(2 * s.intermediate), pieces.floats(parts * s.heads * kTokensPerPart),
-          pieces.floats(parts * s.heads), pieces.floats(parts * s.heads), pieces.floats(parts * queries),
-          pieces.bytes(d.quantized_bytes)};
-  return pieces.used();
-}
-
-void *head_at(const Run &r, void *base, int64_t head, int64_t token) {
-  const int64_t at = (head * r.token->capacity + token) * r.decoder->shape.head_dim;
-  return static_cast<uint8_t *>(base) + at * dtype_bytes(r.token->cache_dtype);
-}
-
-// Queries are normed, turned and scaled in place; the new key and value go to the cache.
-void place_token(const Run &r, const DecoderLayer &l, size_t layer) {
-  const tl_decoder_shape &s = r.decoder->shape;
-  const DecoderMath &math = *r.decoder->math;
-  const tl_decoder_token &t = *r.token;
-  for (int64_t h = 0; h < s.heads + s.kv_heads; h++) {
-    const bool query = h < s.heads;
-    float *head = r.qkv + h * s.head_dim;
-    if (const float *norm = query ? l.given.q_norm : l.given.k_norm) math.rms_norm(head, norm, s.head_dim, s.eps, head);
-    math.rotate(head, t.cos, t.sin, s.rotary, s.interleaved != 0);
-    for (int64_t i = 0; query && i < s.head_dim; i++) head[i] *= s.scaling;
-  }
-  const float *key = r.qkv + s.heads * s.head_dim, *value = key + s.kv_heads * s.head_dim;
-  for (int64_t h = 0; h < s.kv_heads; h++) {
-    math.store(key + h * s.head_dim, s.head_dim, t.cache_dtype, head_at(r, t.keys[layer], h, t.length));
-    math.store(value + h * s.head_dim, s.head_dim, t.cache_dtype, head_at(r, t.values[layer], h, t.length));
-  }
-}
-
-void attend(const Run &r, size_t layer) {
-  const tl_decoder_shape &s = r.decoder->shape;
-  const tl_decoder_token &t = *r.token;
-  const DecoderMath &math = *r.decoder->math;
-  const int64_t queries = s.heads / s.kv_heads, tokens = t.length + 1, window = r.decoder->layers[layer].given.window;
-  const int64_t start = window > 0 ? std::max<int64_t>(0, tokens - window) : 0, parts = parts_of(tokens - start);
-  const int64_t bytes = 2 * (tokens - start) * s.kv_heads * s.head_dim * dtype_bytes(t.cache_dtype);
-  parallel(bytes < (96 << 10) ? 1 : t.threads, s.kv_heads * parts, [&](int64_t item, int) {
-    const int64_t head = item % s.kv_heads, part = item / s.kv_heads, first = part * s.heads + head * queries;
-    const Attention a{r.qkv + head * queries * s.head_dim, head_at(r, t.keys[layer], head, 0),
-                      head_at(r, t.values[layer], head, 0), s.head_dim, queries,
-                      start + part * kTokensPerPart, std::min(start + (part + 1) * kTokensPerPart, tokens),
-                      t.cache_dtype};
-    math.attend(a, r.scores + first * kTokensPerPart, r.largest + first, r.sum + first, r.partial + first * s.head_dim);
-  });
-  for (int64_t h = 0; h < s.heads; h++)
-    math.join(parts, s.heads, r.largest + h, r.sum + h, r.partial + h * s.head_dim, s.head_dim,
-              r.attended + h * s.head_dim);
-}
-
-// x += after(y), y overwritten.
-void add_to_x(const Run &r, const float *after, float *y) {
-  const tl_decoder_shape &s = r.decoder->shape;
-  if (after != nullptr) r.decoder->math->rms_norm(y, after, s.hidden, s.eps, y);
-  r.decoder->math->add(y, s.hidden, r.x);
-}
-
-void run_layer(const Run &r, size_t layer) {
-  const DecoderLayer &l = r.decoder->layers[layer];
-  const tl_decoder_shape &s = r.decoder->shape;
-  const DecoderMath &math = *r.decoder->math;
-  const int threads = r.token->threads;
-  math.rms_norm(r.x, l.given.attention_norm, s.hidden, s.eps, r.normed);
-  multiply(math, l.qkv, r.normed, r.scratch, threads, r.qkv);
-  place_token(r, l, layer);
-  attend(r, layer);
-  multiply(math, l.out, r.attended, r.scratch, threads, r.normed);
-  add_to_x(r, l.given.after_attention, r.normed);
-  math.rms_norm(r.x, l.given.mlp_norm, s.hidden, s.eps, r.normed);
-  multiply(math, l.gate_up, r.normed, r.scratch, threads, r.gate_up);
-  math.gate(r.gate_up, r.gate_up + s.intermediate, s.intermediate, r.gated);
-  multiply(math, l.down, r.gated, r.scratch, threads, r.normed);
-  add_to_x(r, l.given.after_mlp, r.normed);
-}
-
-// Memory of the calling thread, kept between tokens.
-struct Scratch {
-  uint8_t *memory = nullptr;
-  int64_t size = 0;
-
-  ~Scratch() { std::free(memory); }
-
-  uint8_t *reserve(int64_t bytes) {
-    if (bytes <= size) return memory;
-    std::free(memory);
-    size = 0;
-    memory = static_cast<uint8_t *>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
-    if (memory == nullptr) throw std::bad_alloc();
-    size = bytes;
-    return memory;
-  }
-};
-
-bool valid(const Decoder &d, const tl_decoder_token &t) {
-  if (!t.x || !t.y || !t.keys || !t.values || (d.shape.rotary > 0 && (!t.cos || !t.sin)) || t.threads < 1) return false;
-  if (t.length < 0 || t.length >= t.capacity) return false;
-  return t.cache_dtype == TL_FLOAT32 || t.cache_dtype == TL_BFLOAT16;
-}
-
-tl_status step(const Decoder &d, const tl_decoder_token &token) {
-  if (!valid(d, token)) return TL_BAD_ARGUMENT;
-  static thread_local Scratch scratch;
-  Run run;
-  const int64_t bytes = cut(d, token, nullptr, &run);
-  cut(d, token, scratch.reserve(bytes + bytes / 2 / 64 * 64), &run);
-  std::copy_n(token.x, d.shape.hidden, run.x);
-  for (size_t i = 0; i < d.layers.size(); i++) run_layer(run, i);
-  d.math->rms_norm(run.x, d.shape.norm, d.shape.hidden, d.shape.eps, token.y);
-  return TL_OK;
-}
+constexpr int64_t kLargest = int64_t(1) << 24;  // of any size
 
 bool valid(const tl_decoder_shape &s) {
-  constexpr int64_t kLargest = int64_t(1) << 24;
-  for (const int64_t size : {s.layers, s.hidden, s.heads, s.kv_heads, s.head_dim, s.intermediate})
+  for (const int64_t size : {s.layers, s.hidden, s.heads, s.kv_heads, s.head_dim})
     if (size < 1 || size > kLargest) return false;
   return s.heads % s.kv_heads == 0 && s.rotary >= 0 && s.rotary <= s.head_dim && s.rotary % 2 == 0 && s.norm != nullptr;
 }
 
-tl_status prepare_layer(const Decoder &d, const tl_decoder_layer &layer, const tl_linear **at, int64_t *left,
-                        DecoderLayer *out) {
+// The linears of a decoder, taken one after the other.
+struct Linears {
+  const tl_linear *at;
+  int64_t left;
+  int32_t isa;
+
+  tl_status take(int32_t parts, int64_t n, int64_t k, Linear *out) {
+    if (parts < 1 || parts > left) return TL_BAD_ARGUMENT;
+    const tl_status status = prepare(at, parts, n, k, isa, out);
+    at += parts;
+    left -= parts;
+    return status;
+  }
+};
+
+// The width is what the down projection reads.
+tl_status take_gated(Linears &linears, int32_t gate_up, int32_t down, int64_t hidden, Gated *out) {
+  if (gate_up < 1 || gate_up >= linears.left) return TL_BAD_ARGUMENT;
+  out->width = linears.at[gate_up].k;
+  if (out->width < 1 || out->width > kLargest) return TL_BAD_ARGUMENT;
+  const tl_status status = linears.take(gate_up, 2 * out->width, hidden, &out->gate_up);
+  return status == TL_OK ? linears.take(down, hidden, out->width, &out->down) : status;
+}
+
+tl_status prepare_layer(Decoder &d, const tl_decoder_layer &layer, Linears &linears, DecoderLayer *out) {
   const tl_decoder_shape &s = d.shape;
   if (!layer.attention_norm || !layer.mlp_norm || layer.window < 0) return TL_BAD_ARGUMENT;
   out->given = layer;
   const int64_t queries = s.heads * s.head_dim;
-  struct Want {
-    int32_t count;
-    int64_t n, k;
-    Linear *linear;
-  };
-  for (const Want &w : {Want{layer.qkv, queries + 2 * s.kv_heads * s.head_dim, s.hidden, &out->qkv},
-                        Want{layer.out, s.hidden, queries, &out->out},
-                        Want{layer.gate_up, 2 * s.intermediate, s.hidden, &out->gate_up},
-                        Want{layer.down, s.hidden, s.intermediate, &out->down}}) {
-    if (w.count < 1 || w.count > *left) return TL_BAD_ARGUMENT;
-    const tl_status status = prepare(*at, w.count, w.n, w.k, s.isa, w.linear);
-    if (status != TL_OK) return status;
-    *at += w.count;
-    *left -= w.count;
-  }
+  tl_status status = linears.take(layer.qkv, queries + 2 * s.kv_heads * s.head_dim, s.hidden, &out->qkv);
+  if (status == TL_OK) status = linears.take(layer.out, s.hidden, queries, &out->out);
+  if (status == TL_OK) status = take_gated(linears, layer.gate_up, layer.down, s.hidden, &out->mlp);
+  if (status != TL_OK) return status;
+  d.width = std::max(d.width, out->mlp.width);
+  for (const Linear *linear : {&out->qkv, &out->out, &out->mlp.gate_up, &out->mlp.down})
+    d.scratch_bytes = std::max(d.scratch_bytes, scratch_bytes(*linear));
   return TL_OK;
 }
 
@@ -196,14 +61,12 @@ tl_status make(const tl_decoder_shape &shape, const tl_decoder_layer *layers, co
   d->shape = shape;
   d->math = &math_of(shape.isa);
   d->layers.resize(static_cast<size_t>(shape.layers));
+  Linears left{linears, count, shape.isa};
   for (int64_t i = 0; i < shape.layers; i++) {
-    DecoderLayer &l = d->layers[static_cast<size_t>(i)];
-    const tl_status status = prepare_layer(*d, layers[i], &linears, &count, &l);
+    const tl_status status = prepare_layer(*d, layers[i], left, &d->layers[static_cast<size_t>(i)]);
     if (status != TL_OK) return status;
-    for (const Linear *linear : {&l.qkv, &l.out, &l.gate_up, &l.down})
-      d->quantized_bytes = std::max(d->quantized_bytes, scratch_bytes(*linear));
   }
-  if (count != 0) return TL_BAD_ARGUMENT;
+  if (left.left != 0) return TL_BAD_ARGUMENT;
   *out = d.release();
   return TL_OK;
 }
@@ -221,6 +84,8 @@ const DecoderMath &math_of(int32_t isa) {
 
 }  // namespace transload
 
+extern "C" int32_t tl_interface_version(void) { return 2; }
+
 extern "C" int32_t tl_decoder_new(const tl_decoder_shape *shape, const tl_decoder_layer *layers,
                                   const tl_linear *linears, int64_t linear_count, void **decoder) {
   if (!shape || !layers || !linears || !decoder) return TL_BAD_ARGUMENT;
@@ -232,12 +97,3 @@ extern "C" int32_t tl_decoder_new(const tl_decoder_shape *shape, const tl_decode
 }
 
 extern "C" void tl_decoder_free(void *decoder) { delete static_cast<transload::Decoder *>(decoder); }
-
-extern "C" int32_t tl_decoder_step(const void *decoder, const tl_decoder_token *token) {
-  if (!decoder || !token) return TL_BAD_ARGUMENT;
-  try {
-    return transload::step(*static_cast<const transload::Decoder *>(decoder), *token);
-  } catch (const std::bad_alloc &) {
-    return TL_OUT_OF_MEMORY;
-  }
-}

@@ -1,8 +1,9 @@
 // Linear layers for one token: the activations are quantized once for all weights that take them alike, and the panels
-// of all weights of a layer are shared among threads together.
+// of all weights of a call are shared among threads together.
+#include "decoder_linear.h"
+
 #include <algorithm>
 
-#include "decoder.h"
 #include "parallel.h"
 
 namespace transload {
@@ -55,68 +56,80 @@ tl_status prepare_part(const tl_linear &linear, int32_t isa, Part *p) {
 
 struct Call {
   const DecoderMath *math;
-  const Linear *linear;
-  const float *x;
-  float *y;
-  Tile *tiles;  // of every part
+  const Product *products;
+  Tile *tiles;  // of every part of every product
 };
 
-// Tiles of all parts; those that share codes share the tile.
-void quantize(const Call &c, uint8_t *scratch) {
-  const Linear &l = *c.linear;
-  for (size_t i = 0; i < l.parts.size(); i++) {
-    const Part &p = *l.parts[i];
-    if (p.isa == nullptr) continue;
-    if (p.same_codes) {
-      c.tiles[i] = c.tiles[i - 1];
-      continue;
-    }
-    const int64_t codes = aligned(tile_bytes(p.plan)), sides = aligned(tile_sides(p.plan) * 4), kp = p.layout.kp;
-    const auto side = [&](int at) { return scratch + codes + at * sides; };
-    c.tiles[i] = {reinterpret_cast<int8_t *>(scratch), reinterpret_cast<float *>(side(0)),
+// Reads and quantizes x for a part into memory of tile_room; behind it lies scratch for one row.
+Tile quantized(const Part &p, const float *x, uint8_t *memory) {
+  const int64_t codes = aligned(tile_bytes(p.plan)), sides = aligned(tile_sides(p.plan) * 4), kp = p.layout.kp;
+  const auto side = [&](int at) { return memory + codes + at * sides; };
+  const Tile tile{reinterpret_cast<int8_t *>(memory), reinterpret_cast<float *>(side(0)),
                   reinterpret_cast<int32_t *>(side(1)), reinterpret_cast<int32_t *>(side(2)),
                   reinterpret_cast<float *>(side(3))};
-    scratch += tile_room(p);
-    auto *floats = reinterpret_cast<float *>(scratch);
-    auto *bytes = reinterpret_cast<int8_t *>(floats + kp);
-    const auto *base = static_cast<const uint8_t *>(p.linear.weight);
-    const auto *order = reinterpret_cast<const int32_t *>(base + p.layout.order_at);
-    p.isa->read_row(c.x, TL_FLOAT32, p.linear.k, kp, p.layout.geometry.act_order ? order : nullptr, floats);
-    p.isa->quantize_row(p.plan, floats, 0, bytes, c.tiles[i]);
+  auto *floats = reinterpret_cast<float *>(memory + tile_room(p));
+  auto *bytes = reinterpret_cast<int8_t *>(floats + kp);
+  const auto *base = static_cast<const uint8_t *>(p.linear.weight);
+  const auto *order = reinterpret_cast<const int32_t *>(base + p.layout.order_at);
+  p.isa->read_row(x, TL_FLOAT32, p.linear.k, kp, p.layout.geometry.act_order ? order : nullptr, floats);
+  p.isa->quantize_row(p.plan, floats, 0, bytes, tile);
+  return tile;
+}
+
+// Fills c.tiles. A part shares the tile of the quantized part before it when both read the same x alike.
+void quantize(const Call &c, int count, uint8_t *memory) {
+  const Part *before = nullptr;
+  const float *x = nullptr;
+  Tile tile{}, *out = c.tiles;
+  for (const Product *product = c.products; product < c.products + count; product++) {
+    for (const auto &part : product->linear->parts) {
+      const Part &p = *part;
+      if (p.isa != nullptr && !(before != nullptr && x == product->x && quantized_alike(*before, p))) {
+        tile = quantized(p, product->x, memory);
+        memory += tile_room(p);
+      }
+      if (p.isa != nullptr) before = &p, x = product->x;
+      *out++ = tile;
+    }
   }
 }
 
-void multiply_panels(const Call &c, size_t part, int64_t first, int64_t last, float *y) {
-  const Part &p = *c.linear->parts[part];
-  const int64_t n = p.linear.n;
+void multiply_panels(const Call &c, const Part &p, const Tile &tile, const float *x, int64_t first, int64_t last,
+                     float *y) {
+  const int64_t n = p.linear.n, end = std::min(last * kPanel, n);
   if (p.isa == nullptr) {
-    const int64_t end = std::min(last * kPanel, n);
-    c.math->float_rows(p.linear.weight, p.linear.float_dtype, p.linear.k, first * kPanel, end, c.x, y);
+    c.math->float_rows(p.linear.weight, p.linear.float_dtype, p.linear.k, first * kPanel, end, x, y);
   } else {
     const int rows = p.plan.split ? 2 : 1;
-    const TileRun run{c.tiles[part], &rows, 1};
+    const TileRun run{tile, &rows, 1};
     alignas(64) float out[kPanel];
     for (int64_t panel = first; panel < last; panel++) {
       p.isa->multiply(p.plan, panel_at(p.layout, p.linear.weight, 0, panel), run, out);
       std::copy_n(out, std::min<int64_t>(kPanel, n - panel * kPanel), y + panel * kPanel);
     }
   }
-  if (p.linear.bias == nullptr) return;
-  const int64_t end = std::min(last * kPanel, n);
-  for (int64_t i = first * kPanel; i < end; i++) y[i] += p.linear.bias[i];
+  for (int64_t i = first * kPanel; p.linear.bias != nullptr && i < end; i++) y[i] += p.linear.bias[i];
 }
 
-// Panels of the layer are counted through all parts; an item is a run of them.
+// Items are counted through all products, panels of a layer through all its parts; an item is a run of them.
 void multiply_item(const Call &c, int64_t item) {
-  const Linear &l = *c.linear;
+  const Product *product = c.products;
+  const Tile *tile = c.tiles;
+  for (; item >= product->linear->items; product++) {
+    item -= product->linear->items;
+    tile += product->linear->parts.size();
+  }
+  const Linear &l = *product->linear;
   int64_t first = item * l.item_panels, last = first + l.item_panels;
-  float *y = c.y;
-  for (size_t i = 0; i < l.parts.size() && last > 0; i++) {
-    const int64_t panels = panels_of(*l.parts[i]);
-    if (first < panels) multiply_panels(c, i, std::max<int64_t>(first, 0), std::min(last, panels), y);
+  float *y = product->y;
+  for (size_t i = 0; i < l.parts.size() && last > 0; i++, tile++) {
+    const Part &p = *l.parts[i];
+    const int64_t panels = panels_of(p);
+    if (first < panels)
+      multiply_panels(c, p, *tile, product->x, std::max<int64_t>(first, 0), std::min(last, panels), y);
     first -= panels;
     last -= panels;
-    y += l.parts[i]->linear.n;
+    y += p.linear.n;
   }
 }
 
@@ -131,7 +144,6 @@ tl_status prepare(const tl_linear *parts, int count, int64_t n, int64_t k, int32
     if (status != TL_OK) return status;
     if (parts[i].k != k || parts[i].n > n - outputs) return TL_BAD_ARGUMENT;
     p->plan.weight = &p->layout;
-    p->same_codes = i > 0 && quantized_alike(*out->parts.back(), *p);
     outputs += parts[i].n;
     panels += panels_of(*p);
     out->bytes += p->isa == nullptr ? parts[i].n * k * dtype_bytes(parts[i].float_dtype) : p->layout.total;
@@ -151,17 +163,23 @@ int64_t scratch_bytes(const Linear &linear) {
   int64_t row = 0;
   for (const auto &p : linear.parts) {
     if (p->isa == nullptr) continue;
-    bytes += p->same_codes ? 0 : tile_room(*p);
+    bytes += tile_room(*p);
     row = std::max(row, aligned(p->layout.kp * 6));
   }
   return bytes + row;
 }
 
-void multiply(const DecoderMath &math, const Linear &linear, const float *x, uint8_t *scratch, int threads, float *y) {
-  const Call call{&math, &linear, x, y, reinterpret_cast<Tile *>(scratch)};
-  quantize(call, scratch + aligned(static_cast<int64_t>(linear.parts.size() * sizeof(Tile))));
-  if (linear.bytes < kSerialBytes) threads = 1;
-  parallel(threads, linear.items, [&](int64_t item, int) { multiply_item(call, item); });
+void multiply(const DecoderMath &math, const Product *products, int count, uint8_t *scratch, int threads) {
+  const Call call{&math, products, reinterpret_cast<Tile *>(scratch)};
+  int64_t items = 0, bytes = 0, tiles = 0;
+  for (int i = 0; i < count; i++) {
+    items += products[i].linear->items;
+    bytes += products[i].linear->bytes;
+    tiles += static_cast<int64_t>(products[i].linear->parts.size());
+  }
+  quantize(call, count, scratch + aligned(tiles * static_cast<int64_t>(sizeof(Tile))));
+  if (bytes < kSerialBytes) threads = 1;
+  parallel(threads, items, [&](int64_t item, int) { multiply_item(call, item); });
 }
 
 }  // namespace transload

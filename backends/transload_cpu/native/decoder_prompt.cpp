@@ -25,18 +25,16 @@ struct Stretch {
   int64_t first, count;     // of the call's tokens
   float *x, *normed;        // [count][hidden]
   float *qkv, *attended;    // [count][all heads * dim], [count][query heads * dim]
-  float *gate_up;           // [count][2 * intermediate]
+  float *gate_up;           // [count][2 * width]
   float *rooms;             // of attention, for every thread
   int64_t room, tokens_per_item;
 };
 
 struct Widths {
-  int64_t queries, qkv, gate_up;
+  int64_t queries, qkv;
 };
 
-Widths widths_of(const tl_decoder_shape &s) {
-  return {s.heads * s.head_dim, (s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.intermediate};
-}
+Widths widths_of(const tl_decoder_shape &s) { return {s.heads * s.head_dim, (s.heads + 2 * s.kv_heads) * s.head_dim}; }
 
 // Floats for `count` tokens, each piece starting at a multiple of 64 bytes. memory may be null, only to add up.
 int64_t cut(Stretch *p, float *memory) {
@@ -55,7 +53,7 @@ int64_t cut(Stretch *p, float *memory) {
   p->normed = piece(p->count * s.hidden);
   p->qkv = piece(p->count * w.qkv);
   p->attended = piece(p->count * w.queries);
-  p->gate_up = piece(p->count * w.gate_up);
+  p->gate_up = piece(p->count * 2 * p->decoder->width);
   p->rooms = piece(p->room * p->call->threads);
   return used;
 }
@@ -161,13 +159,14 @@ tl_status run_layer(const Stretch &p, size_t layer) {
   status = multiply(p, l.out, p.attended, w.queries, p.normed, s.hidden);
   if (status != TL_OK) return status;
   add_and_norm(p, l.given.after_attention, l.given.mlp_norm);
-  status = multiply(p, l.gate_up, p.normed, s.hidden, p.gate_up, w.gate_up);
+  const int64_t width = l.mlp.width;
+  status = multiply(p, l.mlp.gate_up, p.normed, s.hidden, p.gate_up, 2 * width);
   if (status != TL_OK) return status;
   each_token(p, [&](int64_t t) {
-    float *gate = p.gate_up + t * w.gate_up;
-    d.math->gate(gate, gate + s.intermediate, s.intermediate, gate);
+    float *gate = p.gate_up + t * 2 * width;
+    d.math->gate(gate, gate + width, width, gate);
   });
-  status = multiply(p, l.down, p.gate_up, w.gate_up, p.normed, s.hidden);
+  status = multiply(p, l.mlp.down, p.gate_up, 2 * width, p.normed, s.hidden);
   if (status != TL_OK) return status;
   add_and_norm(p, l.given.after_mlp, next);
   return TL_OK;

@@ -63,6 +63,9 @@ typedef struct {
 // The instruction sets that this machine can run, as a bit mask. Asks the kernel for AMX tiles once.
 TL_API uint32_t tl_supported(void);
 
+// Version of the structures and functions of this header; callers compiled for another one must not call.
+TL_API int32_t tl_interface_version(void);
+
 // Version of the packed layout; another number means that cached files must be packed again.
 TL_API int32_t tl_layout_version(void);
 
@@ -126,7 +129,7 @@ typedef struct {
 } tl_decoder_layer;
 
 typedef struct {
-  int64_t layers, hidden, heads, kv_heads, head_dim, rotary, intermediate;
+  int64_t layers, hidden, heads, kv_heads, head_dim, rotary;
   float eps, scaling;       // of all norms; of scores
   int32_t interleaved, isa; // rotary pairs are neighbours; tl_isa
   const float *norm;        // after the last layer [hidden]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transload.errors import Unsupported
-from transload.hal import Decoder, DecoderLayer, DecoderLinear, Kernel, Packed
+from transload.hal import Decoder, DecoderLayer, DecoderLinear, DecoderMlp, Kernel, Packed
 from transload.runtime.linear import QuantLinear
 from transload.runtime.weight import PackedWeight, SplitWeight
 
@@ -66,7 +66,6 @@ def describe(model: PreTrainedModel) -> tuple[Decoder, Kernel]:
         head_dim=head_dim,
         rotary=2 * model.rotary_emb.inv_freq.numel(),
         interleaved=family.interleaved,
-        intermediate=config.intermediate_size,
         eps=config.rms_norm_eps,
         scaling=attention.scaling,
     )
@@ -86,7 +85,7 @@ def _tensors(d: Decoder) -> Iterator[object]:
     for layer in d.layers:
         yield from (layer.attention_norm, layer.q_norm, layer.k_norm, layer.after_attention)
         yield from (layer.mlp_norm, layer.after_mlp)
-        for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+        for linear in (layer.qkv, layer.out, layer.mlp.gate_up, layer.mlp.down):
             for weight, bias in linear.parts:
                 yield from (weight.tensors["packed"] if isinstance(weight, Packed) else weight, bias)
 
@@ -114,8 +113,9 @@ def _layer(layer: Any, family: Family, config_window: int | None, name: str) -> 
         first, weights[1], weights[2], weights[3], second, weights[5],
         qkv=_linear(attention, name, ("qkv_proj",), ("q_proj", "k_proj", "v_proj")),
         out=_linear(attention, name, ("o_proj",)),
-        gate_up=_linear(mlp, name, ("gate_up_proj",), ("gate_proj", "up_proj")),
-        down=_linear(mlp, name, ("down_proj",)),
+        mlp=DecoderMlp(
+            _linear(mlp, name, ("gate_up_proj",), ("gate_proj", "up_proj")), _linear(mlp, name, ("down_proj",))
+        ),
         window=attention.sliding_window if family.windows == "layer" else config_window,
     )  # fmt: skip
 
