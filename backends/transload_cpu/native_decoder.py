@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from transload.errors import ConfigError, TransloadError
-from transload.hal import Decoder, DecoderLinear, DecoderStep, Packed
-from transload.quant import PER_CHANNEL
+from transload.hal import Decoder, DecoderStep
 from transload_cpu import native_library as native
+from transload_cpu.native_decoder_tables import Tables
 from transload_cpu.native_library import DTYPES, check
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16)
-_FLOATS = (torch.float32, torch.bfloat16)  # of weights that were left as they are
-_NORMS = ("attention_norm", "q_norm", "k_norm", "after_attention", "mlp_norm", "after_mlp")
 
 
 def decoder(d: Decoder, isa: int) -> DecoderStep | str:
@@ -44,27 +42,14 @@ class NativeDecoder(DecoderStep):
 
     def __init__(self, d: Decoder, isa: int) -> None:
         """Raises ConfigError for weights of other kernels and shapes that do not fit, BackendError out of memory."""
-        self._kept: list[Tensor] = []  # what the native side points to
+        tables = Tables(d, isa)
+        self._kept = tables.kept  # what the native side points to
         self._shape = (d.kv_heads, d.head_dim)
         self._hidden, self._half = d.hidden, d.rotary // 2
-        layers = (native.DecoderLayer * len(d.layers))()
-        linears: list[native.Linear] = []
-        for layer, out in zip(d.layers, layers, strict=True):
-            for name in _NORMS:
-                setattr(out, name, self._floats(getattr(layer, name)))
-            out.window = layer.window or 0
-            members = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.mlp.gate_up, "down": layer.mlp.down}
-            for name, linear in members.items():
-                parts = list(self._parts(linear, name))
-                setattr(out, name, len(parts))
-                linears += parts
-        shape = native.DecoderShape(
-            len(d.layers), d.hidden, d.heads, d.kv_heads, d.head_dim, d.rotary,
-            d.eps, d.scaling, int(d.interleaved), isa, self._floats(d.norm),
-        )  # fmt: skip
         self._library, self._handle = native.load(), ctypes.c_void_p()
-        table = (native.Linear * len(linears))(*linears)
-        status = self._library.tl_decoder_new(shape, layers, table, len(linears), ctypes.byref(self._handle))
+        status = self._library.tl_decoder_new(
+            tables.shape, tables.layers, tables.linears, len(tables.linears), ctypes.byref(self._handle)
+        )
         check(status, "decoder")
 
     def __del__(self) -> None:
@@ -120,29 +105,3 @@ class NativeDecoder(DecoderStep):
             if t.dtype is not torch.float32 or t.numel() != tokens * width or not t.is_contiguous():
                 found = f"{t.dtype} {tuple(t.shape)}"
                 raise ConfigError(f"native decoder: {found}, expected contiguous float32 [{tokens}, {width}]")
-
-    def _floats(self, t: Tensor | None) -> int | None:
-        """The address of a float32 copy (or of `t` itself) that lives as long as this object."""
-        if t is None:
-            return None
-        self._kept.append(t.detach().to("cpu", torch.float32).contiguous())
-        return self._kept[-1].data_ptr()
-
-    def _parts(self, linear: DecoderLinear, name: str) -> Iterator[native.Linear]:
-        for weight, bias in linear.parts:
-            if isinstance(weight, Packed):
-                packed = weight.tensors.get("packed")
-                if packed is None or packed.device.type != "cpu" or not weight.kernel.startswith("native-"):
-                    raise ConfigError(f"{name} is multiplied by kernel '{weight.kernel}'")
-                self._kept.append(packed)
-                act = weight.spec.act
-                bits, group = (16, PER_CHANNEL) if act is None else (8, act.group_size)
-                address, size, n, k, dtype = packed.data_ptr(), packed.numel(), weight.n, weight.k, 0
-            else:
-                if weight.dtype not in _FLOATS or weight.device.type != "cpu":
-                    raise ConfigError(f"{name} has {weight.dtype} weights on {weight.device}")
-                floats = weight.detach().contiguous()
-                self._kept.append(floats)
-                (n, k), bits, group, dtype = floats.shape, 0, 0, DTYPES[floats.dtype]
-                address, size = floats.data_ptr(), floats.nbytes
-            yield native.Linear(address, size, n, k, self._floats(bias), group, bits, dtype)

@@ -72,10 +72,30 @@ class Linear(ctypes.Structure):
         ("weight_bytes", c_int64),
         ("n", c_int64),
         ("k", c_int64),
+        ("experts", c_int64),
         ("bias", c_void_p),
         ("act_group", c_int64),
         ("act_bits", c_int32),
         ("float_dtype", c_int32),
+    )
+
+
+class Experts(ctypes.Structure):
+    """tl_experts: how a token chooses among experts, and how many parts their linear layers have."""
+
+    _fields_ = (
+        ("experts", c_int64),
+        ("top_k", c_int64),
+        ("groups", c_int64),
+        ("top_groups", c_int64),
+        ("bias", c_void_p),
+        ("scaling", c_float),
+        ("sigmoid", c_int32),
+        ("normalized", c_int32),
+        ("router", c_int32),
+        ("shared_gate", c_int32),
+        ("gate_up", c_int32),
+        ("down", c_int32),
     )
 
 
@@ -94,6 +114,7 @@ class DecoderLayer(ctypes.Structure):
         ("out", c_int32),
         ("gate_up", c_int32),
         ("down", c_int32),
+        ("experts", POINTER(Experts)),
     )
 
 

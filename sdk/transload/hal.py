@@ -76,7 +76,8 @@ class Packed:
 class DecoderLinear:
     """A linear layer of a decoder: weights whose outputs follow each other, and their bias [N] or None.
 
-    A part is packed, or a float tensor [N, K]; its own bias comes with it.
+    A part is packed, or a float tensor [N, K]; its own bias comes with it. Of experts all parts are stacks: packed with
+    as many experts, or a float tensor [E, N, K].
     """
 
     parts: tuple[tuple[Packed | Tensor, Tensor | None], ...]
@@ -91,12 +92,35 @@ class DecoderMlp:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class DecoderExperts:
+    """A mixture of experts: each[e](x) of the top_k experts that the router chooses, times their weights, added up.
+
+    router: logits [E] of x. scores are the logits' softmax, or sigmoids of each. Chosen are the largest of
+    scores + bias (float32 [E]) among the top_groups groups of neighbours whose two largest add up to most; an expert's
+    weight is its score, divided by the sum of the chosen scores when normalized, times scaling.
+    shared_gate: one output; the MLP beside the experts counts sigmoid(shared_gate(x)) times. None: once.
+    """
+
+    router: DecoderLinear
+    each: DecoderMlp
+    top_k: int
+    sigmoid: bool = False
+    bias: Tensor | None = None
+    groups: int = 1
+    top_groups: int = 1
+    normalized: bool = True
+    scaling: float = 1.0
+    shared_gate: DecoderLinear | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class DecoderLayer:
-    """x += after(out(attention(qkv(norm(x))))), then x += after(mlp(norm(x))).
+    """x += after(out(attention(qkv(norm(x))))), then x += after(mlp(norm(x)) + experts(norm(x))).
 
     qkv: outputs of the queries, then keys, then values. Norms are weights of root-mean-square norms, of a whole vector
     or, for q and k, of one head; None where the model has none.
-    window: tokens that a token sees, itself among them; None for all.
+    mlp: also what all tokens share beside experts; it or the experts may be None. window: tokens that a token sees,
+    itself among them; None for all.
     """
 
     attention_norm: Tensor
@@ -107,13 +131,14 @@ class DecoderLayer:
     after_mlp: Tensor | None
     qkv: DecoderLinear
     out: DecoderLinear
-    mlp: DecoderMlp
+    mlp: DecoderMlp | None
+    experts: DecoderExperts | None = None
     window: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoder:
-    """The layers of a dense decoder with grouped-query attention and rotary positions, and the norm behind them.
+    """The layers of a decoder with grouped-query attention and rotary positions, and the norm behind them.
 
     rotary: leading values of a head that are turned, in pairs (i, i + rotary / 2), or neighbours when interleaved.
     """

@@ -41,7 +41,7 @@ tl_status prepare_part(const tl_linear &linear, int32_t isa, Part *p) {
   const tl_status status = read_header(linear.weight, linear.weight_bytes, &p->layout);
   if (status != TL_OK) return status;
   const tl_geometry &g = p->layout.geometry;
-  if (g.n != linear.n || g.k != linear.k || g.experts != 1) return TL_BAD_ARGUMENT;
+  if (g.n != linear.n || g.k != linear.k || g.experts != linear.experts) return TL_BAD_ARGUMENT;
   if (linear.act_bits != 8 && linear.act_bits != 16) return TL_BAD_ARGUMENT;
   if (!plan_of(p->layout, linear.act_bits, linear.act_group, &p->plan)) return TL_BAD_ARGUMENT;
   const int rows = p->plan.split ? 2 : 1;
@@ -94,21 +94,25 @@ void quantize(const Call &c, int count, uint8_t *memory) {
   }
 }
 
-void multiply_panels(const Call &c, const Part &p, const Tile &tile, const float *x, int64_t first, int64_t last,
-                     float *y) {
-  const int64_t n = p.linear.n, end = std::min(last * kPanel, n);
+void multiply_panels(const DecoderMath &math, const Part &p, const Tile &tile, const Product &product, int64_t first,
+                     int64_t last, float *y) {
+  const int64_t n = p.linear.n, k = p.linear.k, expert = product.expert, end = std::min(last * kPanel, n);
   if (p.isa == nullptr) {
-    c.math->float_rows(p.linear.weight, p.linear.float_dtype, p.linear.k, first * kPanel, end, x, y);
+    const auto *weight = static_cast<const uint8_t *>(p.linear.weight);
+    const int64_t skipped = expert * n * k * dtype_bytes(p.linear.float_dtype);
+    math.float_rows(weight + skipped, p.linear.float_dtype, k, first * kPanel, end, product.x, y);
   } else {
     const int rows = p.plan.split ? 2 : 1;
     const TileRun run{tile, &rows, 1};
     alignas(64) float out[kPanel];
     for (int64_t panel = first; panel < last; panel++) {
-      p.isa->multiply(p.plan, panel_at(p.layout, p.linear.weight, 0, panel), run, out);
+      p.isa->multiply(p.plan, panel_at(p.layout, p.linear.weight, expert, panel), run, out);
       std::copy_n(out, std::min<int64_t>(kPanel, n - panel * kPanel), y + panel * kPanel);
     }
   }
-  for (int64_t i = first * kPanel; p.linear.bias != nullptr && i < end; i++) y[i] += p.linear.bias[i];
+  if (p.linear.bias == nullptr) return;
+  const float *bias = p.linear.bias + expert * n;
+  for (int64_t i = first * kPanel; i < end; i++) y[i] += bias[i];
 }
 
 // Items are counted through all products, panels of a layer through all its parts; an item is a run of them.
@@ -126,7 +130,7 @@ void multiply_item(const Call &c, int64_t item) {
     const Part &p = *l.parts[i];
     const int64_t panels = panels_of(p);
     if (first < panels)
-      multiply_panels(c, p, *tile, product->x, std::max<int64_t>(first, 0), std::min(last, panels), y);
+      multiply_panels(*c.math, p, *tile, *product, std::max<int64_t>(first, 0), std::min(last, panels), y);
     first -= panels;
     last -= panels;
     y += p.linear.n;
@@ -135,18 +139,18 @@ void multiply_item(const Call &c, int64_t item) {
 
 }  // namespace
 
-tl_status prepare(const tl_linear *parts, int count, int64_t n, int64_t k, int32_t isa, Linear *out) {
+tl_status prepare(const tl_linear *parts, int count, int64_t n, int64_t k, int64_t experts, int32_t isa, Linear *out) {
   int64_t outputs = 0, panels = 0;
   out->bytes = 0;
   for (int i = 0; i < count; i++) {
     auto p = std::make_unique<Part>();
     const tl_status status = prepare_part(parts[i], isa, p.get());
     if (status != TL_OK) return status;
-    if (parts[i].k != k || parts[i].n > n - outputs) return TL_BAD_ARGUMENT;
+    if (parts[i].k != k || parts[i].experts != experts || parts[i].n > n - outputs) return TL_BAD_ARGUMENT;
     p->plan.weight = &p->layout;
     outputs += parts[i].n;
     panels += panels_of(*p);
-    out->bytes += p->isa == nullptr ? parts[i].n * k * dtype_bytes(parts[i].float_dtype) : p->layout.total;
+    out->bytes += p->isa == nullptr ? parts[i].n * k * dtype_bytes(parts[i].float_dtype) : p->layout.total / experts;
     out->parts.push_back(std::move(p));
   }
   if (outputs != n || count < 1) return TL_BAD_ARGUMENT;

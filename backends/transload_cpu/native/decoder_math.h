@@ -49,8 +49,8 @@ struct DecoderMath {
   void (*attend_many)(const PromptAttention &a, float *memory);
   int64_t (*prompt_floats)(int64_t rows, int64_t dim);
 
-  // y[i] += x[i].
-  void (*add)(const float *x, int64_t n, float *y);
+  // y[i] += scale * x[i].
+  void (*add)(const float *x, float scale, int64_t n, float *y);
 
   // n floats to `dtype`.
   void (*store)(const float *x, int64_t n, int32_t dtype, void *out);

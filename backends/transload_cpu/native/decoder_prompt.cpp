@@ -1,34 +1,19 @@
 // Many tokens of one sequence through all layers of a decoder, a stretch of the prompt after another.
 //
-// Products go through the driver for many rows (product.h); everything between them is shared among threads by tokens,
-// attention by key heads and runs of tokens.
+// Products are decoder_prompt_linear.cpp, MLPs and experts decoder_prompt_mlp.cpp; everything between them is shared
+// among threads by tokens, attention by key heads and runs of tokens.
+#include "decoder_prompt.h"
+
 #include <algorithm>
 #include <exception>
 
-#include "decoder.h"
-#include "parallel.h"
-#include "product.h"
 #include "scratch.h"
 
 namespace transload {
 namespace {
 
 constexpr int64_t kMostTokens = 256;      // of a stretch: its activations stay in the cache
-constexpr int64_t kRowsPerItem = 8;       // of everything that is done token by token
 constexpr int64_t kAttentionRows = 768;   // of one item: tokens times the query heads of a key head
-constexpr int64_t kFloatOutputs = 16;     // of weights that were left as floats, in one item
-
-// Some tokens on their way through the layers, and the memory that they use.
-struct Stretch {
-  const Decoder *decoder;
-  const tl_decoder_prompt *call;
-  int64_t first, count;     // of the call's tokens
-  float *x, *normed;        // [count][hidden]
-  float *qkv, *attended;    // [count][all heads * dim], [count][query heads * dim]
-  float *gate_up;           // [count][2 * width]
-  float *rooms;             // of attention, for every thread
-  int64_t room, tokens_per_item;
-};
 
 struct Widths {
   int64_t queries, qkv;
@@ -38,7 +23,8 @@ Widths widths_of(const tl_decoder_shape &s) { return {s.heads * s.head_dim, (s.h
 
 // Floats for `count` tokens, each piece starting at a multiple of 64 bytes. memory may be null, only to add up.
 int64_t cut(Stretch *p, float *memory) {
-  const tl_decoder_shape &s = p->decoder->shape;
+  const Decoder &d = *p->decoder;
+  const tl_decoder_shape &s = d.shape;
   const Widths w = widths_of(s);
   int64_t used = 0;
   const auto piece = [&](int64_t floats) {
@@ -48,47 +34,22 @@ int64_t cut(Stretch *p, float *memory) {
   };
   const int64_t queries = s.heads / s.kv_heads;
   p->tokens_per_item = std::clamp<int64_t>(kAttentionRows / queries, 1, p->count);
-  p->room = (p->decoder->math->prompt_floats(p->tokens_per_item * queries, s.head_dim) + 15) / 16 * 16;
+  p->room = (d.math->prompt_floats(p->tokens_per_item * queries, s.head_dim) + 15) / 16 * 16;
   p->x = piece(p->count * s.hidden);
   p->normed = piece(p->count * s.hidden);
   p->qkv = piece(p->count * w.qkv);
   p->attended = piece(p->count * w.queries);
-  p->gate_up = piece(p->count * 2 * p->decoder->width);
+  p->gate_up = piece(p->count * 2 * d.width);
   p->rooms = piece(p->room * p->call->threads);
+  if (d.experts == 0) return used;
+  const auto count_of = [](int64_t count, size_t bytes) { return count * static_cast<int64_t>(bytes / sizeof(float)); };
+  p->results = piece(p->count * d.branches * s.hidden);
+  p->logits = piece(p->count * d.experts);
+  p->gates = piece(p->count);
+  p->choices = reinterpret_cast<Choice *>(piece(count_of(p->count * 2 * d.experts, sizeof(Choice))));
+  p->rows = reinterpret_cast<int64_t *>(piece(count_of(p->count * d.branches, sizeof(int64_t))));
+  p->experts = reinterpret_cast<int64_t *>(piece(count_of(2 * d.experts, sizeof(int64_t))));
   return used;
-}
-
-// body(token) for every token.
-template <class Body>
-void each_token(const Stretch &p, const Body &body) {
-  parallel(p.call->threads, (p.count + kRowsPerItem - 1) / kRowsPerItem, [&](int64_t item, int) {
-    const int64_t last = std::min(p.count, (item + 1) * kRowsPerItem);
-    for (int64_t t = item * kRowsPerItem; t < last; t++) body(t);
-  });
-}
-
-// y [count][y_stride] = W x + bias; x [count][x_stride]. The outputs of the layer's parts follow each other.
-tl_status multiply(const Stretch &p, const Linear &linear, const float *x, int64_t x_stride, float *y, int64_t y_stride) {
-  for (const auto &part : linear.parts) {
-    const tl_linear &l = part->linear;
-    if (part->isa != nullptr) {
-      const tl_product product{l.weight, l.weight_bytes, x, x_stride, p.count, nullptr, l.bias, nullptr,
-                               l.act_group, l.act_bits, TL_FLOAT32, p.decoder->shape.isa, p.call->threads};
-      const tl_status status = multiply_rows(product, {y, y_stride, TL_FLOAT32});
-      if (status != TL_OK) return status;
-    } else {
-      parallel(p.call->threads, (l.n + kFloatOutputs - 1) / kFloatOutputs, [&](int64_t item, int) {
-        const int64_t from = item * kFloatOutputs, to = std::min(l.n, from + kFloatOutputs);
-        for (int64_t t = 0; t < p.count; t++) {
-          float *out = y + t * y_stride;
-          p.decoder->math->float_rows(l.weight, l.float_dtype, l.k, from, to, x + t * x_stride, out);
-          for (int64_t i = from; l.bias != nullptr && i < to; i++) out[i] += l.bias[i];
-        }
-      });
-    }
-    y += l.n;
-  }
-  return TL_OK;
 }
 
 void *head_at(const Stretch &p, void *base, int64_t head, int64_t token) {
@@ -138,10 +99,10 @@ void attend(const Stretch &p, size_t layer) {
 void add_and_norm(const Stretch &p, const float *after, const float *norm) {
   const tl_decoder_shape &s = p.decoder->shape;
   const DecoderMath &math = *p.decoder->math;
-  each_token(p, [&](int64_t t) {
+  each_row(p.call->threads, p.count, [&](int64_t t) {
     float *x = p.x + t * s.hidden, *y = p.normed + t * s.hidden;
     if (after != nullptr) math.rms_norm(y, after, s.hidden, s.eps, y);
-    math.add(y, s.hidden, x);
+    math.add(y, 1.f, s.hidden, x);
     math.rms_norm(x, norm, s.hidden, s.eps, y);
   });
 }
@@ -152,21 +113,14 @@ tl_status run_layer(const Stretch &p, size_t layer) {
   const tl_decoder_shape &s = d.shape;
   const Widths w = widths_of(s);
   const float *next = layer + 1 < d.layers.size() ? d.layers[layer + 1].given.attention_norm : s.norm;
-  tl_status status = multiply(p, l.qkv, p.normed, s.hidden, p.qkv, w.qkv);
+  tl_status status = multiply(p, l.qkv, {p.normed, s.hidden, p.count, p.qkv, w.qkv, nullptr});
   if (status != TL_OK) return status;
-  each_token(p, [&](int64_t t) { place_token(p, layer, t); });
+  each_row(p.call->threads, p.count, [&](int64_t t) { place_token(p, layer, t); });
   attend(p, layer);
-  status = multiply(p, l.out, p.attended, w.queries, p.normed, s.hidden);
+  status = multiply(p, l.out, {p.attended, w.queries, p.count, p.normed, s.hidden, nullptr});
   if (status != TL_OK) return status;
   add_and_norm(p, l.given.after_attention, l.given.mlp_norm);
-  const int64_t width = l.mlp.width;
-  status = multiply(p, l.mlp.gate_up, p.normed, s.hidden, p.gate_up, 2 * width);
-  if (status != TL_OK) return status;
-  each_token(p, [&](int64_t t) {
-    float *gate = p.gate_up + t * 2 * width;
-    d.math->gate(gate, gate + width, width, gate);
-  });
-  status = multiply(p, l.mlp.down, p.gate_up, 2 * width, p.normed, s.hidden);
+  status = run_mlp(p, l);
   if (status != TL_OK) return status;
   add_and_norm(p, l.given.after_mlp, next);
   return TL_OK;
@@ -176,7 +130,7 @@ tl_status run_stretch(const Stretch &p) {
   const tl_decoder_shape &s = p.decoder->shape;
   std::copy_n(p.call->x + p.first * s.hidden, p.count * s.hidden, p.x);
   const float *norm = p.decoder->layers[0].given.attention_norm;
-  each_token(p, [&](int64_t t) {
+  each_row(p.call->threads, p.count, [&](int64_t t) {
     p.decoder->math->rms_norm(p.x + t * s.hidden, norm, s.hidden, s.eps, p.normed + t * s.hidden);
   });
   for (size_t i = 0; i < p.decoder->layers.size(); i++) {
@@ -206,7 +160,8 @@ tl_status run(const Decoder &d, const tl_decoder_prompt &call) {
     stretch.call = &call;
     stretch.first = first;
     stretch.count = call.count * (i + 1) / stretches - first;
-    cut(&stretch, reinterpret_cast<float *>(scratch.reserve(static_cast<size_t>(cut(&stretch, nullptr)) * sizeof(float))));
+    const auto floats = static_cast<size_t>(cut(&stretch, nullptr));
+    cut(&stretch, reinterpret_cast<float *>(scratch.reserve(floats * sizeof(float))));
     status = run_stretch(stretch);
   }
   scratch.release_large();

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "decoder.h"
+#include "decoder_run.h"
 #include "parallel.h"
 
 namespace transload {
@@ -34,21 +34,18 @@ constexpr int64_t kTokensPerPart = 256;  // of attention: what one item reads; r
 // Runs of tokens that attention is cut into.
 int64_t parts_of(int64_t tokens) { return (tokens + kTokensPerPart - 1) / kTokensPerPart; }
 
-struct Run {
-  const Decoder *decoder;
-  const tl_decoder_token *token;
-  float *x, *normed, *qkv, *attended, *gated, *gate_up, *scores, *largest, *sum, *partial;
-  uint8_t *scratch;
-};
-
 int64_t cut(const Decoder &d, const tl_decoder_token &t, uint8_t *memory, Run *run) {
   const tl_decoder_shape &s = d.shape;
   Pieces pieces(memory);
   const int64_t parts = parts_of(t.length + 1), queries = s.heads * s.head_dim;
+  const auto size = [](size_t bytes) { return static_cast<int64_t>(bytes); };
   *run = {&d, &t, pieces.floats(s.hidden), pieces.floats(s.hidden),
-          pieces.floats(queries + 2 * s.kv_heads * s.head_dim), pieces.floats(queries), pieces.floats(d.width),
-          pieces.floats(2 * d.width), pieces.floats(parts * s.heads * kTokensPerPart),
-          pieces.floats(parts * s.heads), pieces.floats(parts * s.heads), pieces.floats(parts * queries),
+          pieces.floats(queries + 2 * s.kv_heads * s.head_dim), pieces.floats(queries),
+          pieces.floats(parts * s.heads * kTokensPerPart), pieces.floats(parts * s.heads),
+          pieces.floats(parts * s.heads), pieces.floats(parts * queries), pieces.floats(2 * d.width),
+          pieces.floats(d.width), pieces.floats(d.branches * s.hidden), pieces.floats(d.experts),
+          reinterpret_cast<Choice *>(pieces.bytes(2 * d.experts * size(sizeof(Choice)))),
+          reinterpret_cast<Product *>(pieces.bytes((d.branches + 1) * size(sizeof(Product)))),
           pieces.bytes(d.scratch_bytes)};
   return pieces.used();
 }
@@ -101,12 +98,12 @@ void attend(const Run &r, size_t layer) {
 void add_to_x(const Run &r, const float *after, float *y) {
   const tl_decoder_shape &s = r.decoder->shape;
   if (after != nullptr) r.decoder->math->rms_norm(y, after, s.hidden, s.eps, y);
-  r.decoder->math->add(y, s.hidden, r.x);
+  r.decoder->math->add(y, 1.f, s.hidden, r.x);
 }
 
 // One linear layer.
 void apply(const Run &r, const Linear &linear, const float *x, float *y) {
-  const Product product{&linear, x, y};
+  const Product product{&linear, 0, x, y};
   multiply(*r.decoder->math, &product, 1, r.scratch, r.token->threads);
 }
 
@@ -121,9 +118,7 @@ void run_layer(const Run &r, size_t layer) {
   apply(r, l.out, r.attended, r.normed);
   add_to_x(r, l.given.after_attention, r.normed);
   math.rms_norm(r.x, l.given.mlp_norm, s.hidden, s.eps, r.normed);
-  apply(r, l.mlp.gate_up, r.normed, r.gate_up);
-  math.gate(r.gate_up, r.gate_up + l.mlp.width, l.mlp.width, r.gated);
-  apply(r, l.mlp.down, r.gated, r.normed);
+  run_mlp(r, l);
   add_to_x(r, l.given.after_mlp, r.normed);
 }
 

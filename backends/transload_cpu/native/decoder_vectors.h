@@ -177,8 +177,8 @@ void join(int64_t parts, int64_t stride, const float *largest, const float *sum,
   for (int64_t d = 0; d < dim; d++) out[d] /= whole;
 }
 
-void add(const float *x, int64_t n, float *y) {
-  for (int64_t i = 0; i < n; i++) y[i] += x[i];
+void add(const float *x, float scale, int64_t n, float *y) {
+  for (int64_t i = 0; i < n; i++) y[i] += scale * x[i];
 }
 
 void store(const float *x, int64_t n, int32_t dtype, void *out) {

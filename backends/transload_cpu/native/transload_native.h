@@ -111,21 +111,36 @@ TL_API int32_t tl_matmul(const tl_product *product);
 
 // One linear layer of a decoder, or a part of one: outputs of several parts follow each other.
 typedef struct {
-  const void *weight;    // a packed weight, or floats [n, k] where they were left as they are
+  const void *weight;    // a packed weight, or floats [experts, n, k] where they were left as they are
   int64_t weight_bytes;  // of a packed weight
-  int64_t n, k;
-  const float *bias;     // [n] or null
+  int64_t n, k, experts; // experts: 1 for a plain linear
+  const float *bias;     // [experts, n] or null
   int64_t act_group;     // as in tl_product
   int32_t act_bits;      // as in tl_product; 0 for floats
   int32_t float_dtype;   // of floats: TL_FLOAT32 or TL_BFLOAT16
 } tl_linear;
 
-// One layer: x += after(out(attention(qkv(norm(x))))); x += after(down(silu(gate(norm(x))) * up(norm(x)))).
+// Experts beside or instead of a layer's MLP, with the MLP's form: a token takes top_k of them, each times a weight.
+// Logits are the router's outputs for norm(x); scores are their softmax, or 1 / (1 + exp(-logit)) each. Chosen are the
+// largest scores + bias among the top_groups groups whose two largest add up to most; a choice's weight is its score,
+// over the sum of the chosen scores when normalized, times scaling. With a shared gate (one output) the MLP beside the
+// experts counts 1 / (1 + exp(-shared_gate(norm(x)))) times.
+typedef struct {
+  int64_t experts, top_k, groups, top_groups;
+  const float *bias;                           // [experts] or null
+  float scaling;
+  int32_t sigmoid, normalized;
+  int32_t router, shared_gate, gate_up, down;  // parts, in this order behind the layer's; shared_gate may have none
+} tl_experts;
+
+// One layer: x += after(out(attention(qkv(norm(x))))); x += after(mlp(norm(x))), mlp(x) = down(silu(gate(x)) * up(x)).
 // Norms are root-mean-square norms with weights [hidden] ([head_dim] for q and k), null where there is none.
 typedef struct {
   const float *attention_norm, *q_norm, *k_norm, *after_attention, *mlp_norm, *after_mlp;
   int64_t window;                  // tokens that a token sees, itself among them; 0 for all
-  int32_t qkv, out, gate_up, down; // parts of each linear layer, in this order in the decoder's linears
+  int32_t qkv, out, gate_up, down; // parts of each linear layer, in this order in the decoder's linears; the latter
+                                   // two have none where experts are all
+  const tl_experts *experts;       // null for a dense layer
 } tl_decoder_layer;
 
 typedef struct {

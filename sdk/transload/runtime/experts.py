@@ -56,7 +56,7 @@ class QuantExperts(nn.Module):
         super().__init__()
         self.num_experts, self._gate = num_experts, gate
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._swiglu = _is_swiglu(gate)
+        self.swiglu = _is_swiglu(gate)  # whether the gate is silu(left half) * right half
         self.register_module("gate_up", None)
         self.register_module("down", None)
 
@@ -124,7 +124,7 @@ class QuantExperts(nn.Module):
     def _products(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Both projections and the gate between them, in one step where the kernel fuses them."""
         gate_up, down = self.weight_of(PROJECTIONS[0]), self.weight_of(PROJECTIONS[1])
-        if self._swiglu and isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
+        if self.swiglu and isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
             x = rows.to(gate_up.x_dtype)
             same = gate_up.kernel is down.kernel
             fused = gate_up.kernel.swiglu_experts(x, gate_up.packed, down.packed, counts) if same else None

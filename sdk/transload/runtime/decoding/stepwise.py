@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from transload.errors import Unsupported
 from transload.hal import Decoder, DecoderStep
@@ -122,7 +122,7 @@ class StepwiseModel(nn.Module):
             position = kwargs.get("cache_position") if position_ids is None else position_ids
             state = self._natively(input_ids, inputs_embeds, attention_mask, position, past_key_values)
             if state is not None:
-                return BaseModelOutputWithPast(last_hidden_state=state, past_key_values=past_key_values)
+                return self._output(last_hidden_state=state, past_key_values=past_key_values)
         if count > 1 and self._prepared is not None and type(past_key_values) is DynamicCache:
             make_growing(past_key_values, len(self.inner.layers))
         return self.inner(
@@ -134,6 +134,13 @@ class StepwiseModel(nn.Module):
             use_cache=use_cache,
             **kwargs,
         )
+
+    @property
+    def _output(self) -> Any:
+        """The kind of output that models with and without experts give."""
+        prepared = self._prepared
+        mixture = prepared is not None and any(layer.experts for layer in prepared.decoder.layers)
+        return MoeModelOutputWithPast if mixture else BaseModelOutputWithPast
 
     def _natively(
         self,
