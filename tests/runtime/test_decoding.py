@@ -441,9 +441,9 @@ def test_a_layer_that_was_cut_off_is_not_computed_any_more(tmp_path: Path) -> No
 def test_the_report_says_what_decodes_and_why_not(llama: PreTrainedModel, tmp_path: Path) -> None:
     assert report(llama).decoder.startswith("native")
     assert "decoder: native" in str(report(llama))
-    make("qwen3-moe", tmp_path / "moe")
-    moe = transload.load(tmp_path / "moe", quantize=TransloadConfig(group_size=32, device="cpu"))
-    assert decoder_of(moe) == "transformers (Qwen3MoeModel is not a family that decodes natively)"
+    make("qwen2.5-vl", tmp_path / "vl")
+    pictures = transload.load(tmp_path / "vl", quantize=TransloadConfig(group_size=32, device="cpu"))
+    assert decoder_of(pictures) == "transformers (Qwen2_5_VLModel is not a family that decodes natively)"
     config = transformers.LlamaConfig(**{**LLAMA, **FOUR}, hidden_act="gelu")
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "gelu")
     gelu = transload.load(tmp_path / "gelu", quantize=TransloadConfig(group_size=32, device="cpu"))
