@@ -12,9 +12,8 @@ from transload.errors import ConfigError
 from transload.hal import Decoder, DecoderExperts, DecoderLayer, DecoderLinear, Packed
 from transload.quant import PER_CHANNEL
 from transload_cpu import native_library as native
-from transload_cpu.native_library import DTYPES
+from transload_cpu.native_library import DTYPES  # of weights that were left as they are, too
 
-_FLOATS = (torch.float32, torch.bfloat16)  # of weights that were left as they are
 _NORMS = ("attention_norm", "q_norm", "k_norm", "after_attention", "mlp_norm", "after_mlp")
 
 
@@ -80,7 +79,7 @@ class Tables:
                 sizes = (weight.n, weight.k, 1 if weight.experts is None else weight.experts)
                 address, nbytes, dtype = packed.data_ptr(), packed.numel(), 0
             else:
-                if weight.dtype not in _FLOATS or weight.device.type != "cpu":
+                if weight.dtype not in DTYPES or weight.device.type != "cpu":
                     raise ConfigError(f"{name} has {weight.dtype} weights on {weight.device}")
                 floats = weight.detach().contiguous()
                 self.kept.append(floats)

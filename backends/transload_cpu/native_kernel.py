@@ -23,6 +23,7 @@ class NativeKernel(Kernel):
 
     isa: ClassVar[int]
     requires: ClassVar[str]  # the processor's feature, in words
+    float_dtypes: ClassVar[tuple[torch.dtype, ...]] = tuple(native_library.DTYPES)
     layout: ClassVar[str | None] = f"native-{native_library.LAYOUT_VERSION}"
 
     def refuses(self, p: Problem, device: Device) -> str | None:
@@ -57,6 +58,10 @@ class NativeKernel(Kernel):
     def decoder(self, d: Decoder) -> DecoderStep | str:
         """The decoder as one native call per token, where all weights are this library's or floats."""
         return native_decoder.decoder(d, self.isa)
+
+    def float_product(self, x: Tensor, w: Tensor) -> Tensor:
+        """x float32 [K] times w [N, K] as it is, contiguous, in host memory: float32 [N]."""
+        return native_decoder.float_product(x, w, self.isa)
 
     def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
         """x [M, K] times w.T plus bias [N]: [M, N] in x's dtype."""

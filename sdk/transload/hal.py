@@ -187,6 +187,9 @@ class Kernel(ABC):
     # later process, also for another kernel of the same layout. None: packed anew by every process.
     layout: ClassVar[str | None] = None
 
+    # Dtypes of float weights that `float_product` multiplies as they are.
+    float_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()
+
     @abstractmethod
     def refuses(self, p: Problem, device: Device) -> str | None:
         """None when the kernel computes `p` on `device` exactly as requested; otherwise the reason, a sentence."""
@@ -228,6 +231,10 @@ class Kernel(ABC):
     def decoder(self, d: Decoder) -> DecoderStep | str:
         """A way to run a whole decoder token by token that beats module after module, or why there is none."""
         return f"kernel '{self.name}' multiplies one weight at a time"
+
+    def float_product(self, x: Tensor, w: Tensor) -> Tensor:
+        """x float32 [K] times a float weight [N, K] of float_dtypes, as it is: float32 [N]. Optional."""
+        raise Unsupported(f"kernel '{self.name}' multiplies quantized weights only")
 
     def rows(self, p: Packed, index: Tensor) -> QTensor:
         """Output rows `index` (int64 [R]) of a packed linear: the lookup of an embedding tied to the output head.

@@ -227,8 +227,8 @@ def test_refusals_name_what_was_found() -> None:
     foreign = other.pack(quantize_rtn(torch.randn(d.hidden, 104), W4))
     reason = kernel.decoder(replace(d, layers=(with_down(d.layers[0], foreign), d.layers[1])))
     assert reason == f"down is multiplied by kernel '{other.name}'"
-    half = with_down(d.layers[0], torch.zeros(d.hidden, 104, dtype=torch.float16))
-    assert "torch.float16 weights" in str(kernel.decoder(replace(d, layers=(half,))))
+    wide = with_down(d.layers[0], torch.zeros(d.hidden, 104, dtype=torch.float64))
+    assert "torch.float64 weights" in str(kernel.decoder(replace(d, layers=(wide,))))
     narrow = replace(d.layers[0], mlp=replace(d.layers[0].mlp, down=d.layers[0].out))
     assert "contradict" in str(kernel.decoder(replace(d, layers=(narrow,))))
     assert "sizes or types" in str(kernel.decoder(replace(d, heads=3)))

@@ -214,7 +214,7 @@ def test_refusals_name_what_was_found() -> None:
         assert "contradict" in str(kernel.decoder(decoder(None, e)))
     short = replace(good, bias=torch.zeros(3))
     assert kernel.decoder(decoder(None, short)) == "the router has 12 outputs and a bias (3,)"
-    half = replace(good, router=alone(torch.zeros(EXPERTS, HIDDEN, dtype=torch.float16)))
-    assert "the router has torch.float16 weights" in str(kernel.decoder(decoder(None, half)))
+    wide = replace(good, router=alone(torch.zeros(EXPERTS, HIDDEN, dtype=torch.float64)))
+    assert "the router has torch.float64 weights" in str(kernel.decoder(decoder(None, wide)))
     both_missing = replace(decoder(None, good).layers[0], experts=None)
     assert "contradict" in str(kernel.decoder(replace(decoder(None, good), layers=(both_missing,))))

@@ -36,7 +36,7 @@ tl_status prepare_part(const tl_linear &linear, int32_t isa, Part *p) {
   if (linear.weight == nullptr || linear.n < 1 || linear.k < 1) return TL_BAD_ARGUMENT;
   if (linear.act_bits == 0) {
     p->isa = nullptr;
-    return linear.float_dtype == TL_FLOAT32 || linear.float_dtype == TL_BFLOAT16 ? TL_OK : TL_BAD_ARGUMENT;
+    return linear.float_dtype >= TL_FLOAT32 && linear.float_dtype <= TL_FLOAT16 ? TL_OK : TL_BAD_ARGUMENT;
   }
   const tl_status status = read_header(linear.weight, linear.weight_bytes, &p->layout);
   if (status != TL_OK) return status;

@@ -35,9 +35,26 @@ TL_INLINE Vector load(const uint16_t *from) {
   const LooseHalves halves = *reinterpret_cast<const LooseHalves *>(from);
   return (Vector)(__builtin_convertvector(halves, Bits) << 16);
 }
+struct Half {
+  uint16_t bits;
+};
+
+TL_INLINE Vector load(const Half *from) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+#elif defined(__AVX2__)
+  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+#else
+  Vector out;
+  for (int i = 0; i < kLanes; i++) out[i] = from_float16(from[i].bits);
+  return out;
+#endif
+}
+
 TL_INLINE void save(Vector v, float *to) { *reinterpret_cast<LooseVector *>(to) = v; }
 TL_INLINE float one(const float *from) { return *from; }
 TL_INLINE float one(const uint16_t *from) { return from_bfloat16(*from); }
+TL_INLINE float one(const Half *from) { return from_float16(from->bits); }
 TL_INLINE Vector all(float value) { return Vector{} + value; }
 
 TL_INLINE float total(Vector v) {
@@ -185,11 +202,18 @@ void store(const float *x, int64_t n, int32_t dtype, void *out) {
   for (int64_t i = 0; i < n; i++) write_float(out, i, dtype, x[i]);
 }
 
+template <class T>
+void rows_of(const void *weight, int64_t k, int64_t from, int64_t to, const float *x, float *out) {
+  for (int64_t i = from; i < to; i++) out[i] = dot(x, static_cast<const T *>(weight) + i * k, k);
+}
+
 void float_rows(const void *weight, int32_t dtype, int64_t k, int64_t from, int64_t to, const float *x, float *out) {
-  const auto *floats = static_cast<const float *>(weight);
-  const auto *halves = static_cast<const uint16_t *>(weight);
-  for (int64_t i = from; i < to; i++)
-    out[i] = dtype == TL_FLOAT32 ? dot(x, floats + i * k, k) : dot(x, halves + i * k, k);
+  if (dtype == TL_FLOAT32)
+    rows_of<float>(weight, k, from, to, x, out);
+  else if (dtype == TL_BFLOAT16)
+    rows_of<uint16_t>(weight, k, from, to, x, out);
+  else
+    rows_of<Half>(weight, k, from, to, x, out);
 }
 
 #undef TL_INLINE

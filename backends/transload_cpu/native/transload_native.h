@@ -94,6 +94,10 @@ TL_API int32_t tl_rows(const void *packed, int64_t packed_bytes, const int64_t *
 TL_API int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int64_t first, int64_t count, int32_t dtype,
                              void *out, int32_t threads);
 
+// y [n] = w x, float weights [n, k] of `dtype` as they are, x [k] and y in float32.
+TL_API int32_t tl_float_product(const void *w, int32_t dtype, int64_t n, int64_t k, const float *x, float *y,
+                                int32_t isa, int32_t threads);
+
 typedef struct {
   const void *packed;
   int64_t packed_bytes;
@@ -117,7 +121,7 @@ typedef struct {
   const float *bias;     // [experts, n] or null
   int64_t act_group;     // as in tl_product
   int32_t act_bits;      // as in tl_product; 0 for floats
-  int32_t float_dtype;   // of floats: TL_FLOAT32 or TL_BFLOAT16
+  int32_t float_dtype;   // of floats: tl_dtype
 } tl_linear;
 
 // Experts beside or instead of a layer's MLP, with the MLP's form: a token takes top_k of them, each times a weight.

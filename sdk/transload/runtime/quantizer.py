@@ -109,7 +109,7 @@ class TransloadQuantizer(HfQuantizer):  # type: ignore[misc]
             self._stored = self._checkpoint = self._progress = self._cache = None
         if missing := unfilled(model):
             raise FormatError(f"{model.name_or_path}: no weights for {missing[0]}, and {len(missing) - 1} more like it")
-        decoding.attach(model)
+        decoding.attach(model, whole=self._spread is None)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

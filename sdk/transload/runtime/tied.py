@@ -30,14 +30,14 @@ def take_ties(model: PreTrainedModel, quantized: Container[str], stored: Contain
         if source not in quantized and target not in quantized:
             continue
         del model.all_tied_weights_keys[target]
-        _forget_tie(model, target)
+        forget_tie(model, target)
         with_numbers, follower = (source, target) if source in quantized else (target, source)
         if follower not in quantized and follower not in stored:
             ties[with_numbers] = (*ties.get(with_numbers, ()), follower)
     return ties
 
 
-def _forget_tie(model: PreTrainedModel, target: str) -> None:
+def forget_tie(model: PreTrainedModel, target: str) -> None:
     """Takes a tie out of what `model.tie_weights()` would work from when it is called again, after loading."""
     for name, module in model.named_modules():
         keys = getattr(module, "_tied_weights_keys", None) if isinstance(module, PreTrainedModel) else None

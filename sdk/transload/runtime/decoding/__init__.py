@@ -6,13 +6,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transload.errors import Unsupported
+from transload.runtime.decoding.head import take_head
 from transload.runtime.decoding.stepwise import StepwiseModel
 
 _SAID = "_transload_decoder"  # where a model keeps why it has no step
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Puts a StepwiseModel in the place of the model's decoder, where its device has a step for it."""
+def attach(model: PreTrainedModel, whole: bool = True) -> None:
+    """Puts a StepwiseModel in the place of the model's decoder, where its device has a step for it.
+
+    whole: the model is not spread over places; then a head that stayed in float keeps its checkpoint's width.
+    """
+    if whole:
+        take_head(model)
     name = model.base_model_prefix
     inner = getattr(model, name, None)
     if not isinstance(inner, PreTrainedModel) or inner is model:
