@@ -70,6 +70,20 @@ def run(d: Decoder, kernel: NativeKernel, xs: Tensor) -> Tensor:
     return torch.stack([step.run(x, torch.zeros(0), torch.zeros(0), cache, 0) for x in xs])
 
 
+def prompt(d: Decoder, kernel: NativeKernel, xs: Tensor) -> Tensor:
+    """The tokens in one call. Attention adds nothing, so each comes out as alone."""
+    step = kernel.decoder(d)
+    assert isinstance(step, NativeDecoder), step
+    room = (1, len(xs), d.head_dim)
+    cache = step.bind([torch.zeros(room)], [torch.zeros(room)])
+    return step.run_many(xs, torch.zeros(len(xs), 0), torch.zeros(len(xs), 0), cache, 0)
+
+
+def both(d: Decoder, kernel: NativeKernel, xs: Tensor) -> Tensor:
+    """The tokens one by one, and in one call."""
+    return torch.cat([run(d, kernel, xs), prompt(d, kernel, xs)])
+
+
 def normed(x: Tensor) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
 
@@ -124,12 +138,12 @@ def test_experts_are_chosen_and_weighed_as_in_torch(kernel: NativeKernel, scheme
     xs = torch.randn(20, HIDDEN)
     limit = 5e-4 if spec.act is None else 3e-2  # 15-bit activations, or 8-bit ones in two products
     want = torch.stack([reference(e, x, floats, None) for x in xs])
-    assert error(run(decoder(None, e), kernel, xs), want) < limit
+    assert error(both(decoder(None, e), kernel, xs), want.repeat(2, 1)) < limit
     want = torch.stack([reference(e, x, floats, shared_floats) for x in xs])
-    assert error(run(decoder(shared, e), kernel, xs), want) < limit
+    assert error(both(decoder(shared, e), kernel, xs), want.repeat(2, 1)) < limit
     e = replace(e, shared_gate=alone(torch.randn(1, HIDDEN)))
     want = torch.stack([reference(e, x, floats, shared_floats) for x in xs])
-    assert error(run(decoder(shared, e), kernel, xs), want) < limit
+    assert error(both(decoder(shared, e), kernel, xs), want.repeat(2, 1)) < limit
 
 
 def test_experts_of_floats_and_of_two_widths() -> None:
@@ -138,12 +152,13 @@ def test_experts_of_floats_and_of_two_widths() -> None:
     xs = torch.randn(20, HIDDEN)
     each, floats = mlp(kernel, None, EXPERTS, width=WIDTH)
     e = DecoderExperts(router, each, top_k=3)
-    assert error(run(decoder(None, e), kernel, xs), torch.stack([reference(e, x, floats, None) for x in xs])) < 1e-5
+    want = torch.stack([reference(e, x, floats, None) for x in xs])
+    assert error(both(decoder(None, e), kernel, xs), want.repeat(2, 1)) < 1e-5
     gate, up = weight(kernel, QuantSpec(8, 8), EXPERTS, WIDTH, HIDDEN), weight(kernel, None, EXPERTS, WIDTH, HIDDEN)
-    both = DecoderLinear(((gate[0], None), (up[0], None)))
-    e = replace(e, each=DecoderMlp(both, each.down))
+    e = replace(e, each=DecoderMlp(DecoderLinear(((gate[0], None), (up[0], None))), each.down))
     floats = (torch.cat([gate[1], up[1]], dim=1), floats[1])
-    assert error(run(decoder(None, e), kernel, xs), torch.stack([reference(e, x, floats, None) for x in xs])) < 5e-4
+    want = torch.stack([reference(e, x, floats, None) for x in xs])
+    assert error(both(decoder(None, e), kernel, xs), want.repeat(2, 1)) < 5e-4
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -165,6 +180,9 @@ def test_equal_scores_and_numbers_that_are_none(router: str) -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
         x[0, 3] = bad
         assert run(decoder(None, e), kernel, x).isnan().all()
+        three = prompt(decoder(None, e), kernel, torch.cat([torch.ones(1, HIDDEN), x, torch.ones(1, HIDDEN)]))
+        assert three[1].isnan().all()
+        assert torch.equal(three[0], prompt(decoder(None, e), kernel, torch.ones(2, HIDDEN))[1])
 
 
 def test_one_expert() -> None:
@@ -184,13 +202,13 @@ def test_many_experts_on_any_number_of_threads_give_the_same_bits() -> None:
     each, _ = mlp(kernel, QuantSpec(4, 8, act=ActSpec(group_size=8)), 200, width=256)
     shared, _ = mlp(kernel, QuantSpec(4, 8), width=SHARED)
     d = decoder(shared, DecoderExperts(alone(torch.randn(200, HIDDEN)), each, top_k=3))
-    xs = torch.randn(50, HIDDEN)
+    xs = torch.randn(400, HIDDEN)
     try:
         torch.set_num_threads(1)
-        one = run(d, kernel, xs)
+        one = both(d, kernel, xs)
         for threads in (2, 5):
             torch.set_num_threads(threads)
-            assert torch.equal(run(d, kernel, xs), one)
+            assert torch.equal(both(d, kernel, xs), one)
     finally:
         torch.set_num_threads(before)
 
