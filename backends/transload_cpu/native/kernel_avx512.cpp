@@ -45,10 +45,14 @@ inline __attribute__((always_inline)) Eight load_eight(const uint8_t *codes) {
 
 template <int ROWS, int BITS, bool SPLIT>
 void multiply_rows(const Plan &p, const Panel &panel, const Tile &tile, float *out) {
-  constexpr bool APART = ROWS <= 4;  // separate sums for both halves of the 8 inputs
+  constexpr bool APART = ROWS <= 5;  // separate sums for both halves of the 8 inputs
+  // Where sums of a midpoint start: with few rows at what makes up for it. With many, 12 loads at the start of every
+  // segment cost more than adding it at the end.
+  constexpr bool FIRST = ROWS < 4;
   constexpr int TOKENS = SPLIT ? ROWS / 2 : ROWS, STEP = BITS * kPanel;
   const tl_geometry &g = p.weight->geometry;
   const bool code_zeros = g.zero == TL_ZERO_CODES, float_zeros = g.zero >= TL_ZERO_FLOATS;
+  const bool last = !FIRST && g.zero == TL_ZERO_MIDPOINT;
   const int64_t stride = int64_t(p.rows) * 8, kp = p.weight->kp;
   __m512 y[TOKENS][2];
   unroll<TOKENS>([&](auto m) { y[m][0] = y[m][1] = _mm512_setzero_ps(); });
@@ -59,7 +63,9 @@ void multiply_rows(const Plan &p, const Panel &panel, const Tile &tile, float *o
     const int64_t left = kp - s * p.segment, steps = (left < p.segment ? left : p.segment) / 8;
     __m512i sum[ROWS][2], apart[APART ? ROWS : 1][2];
     const int64_t side = s * p.rows;
-    unroll<ROWS>([&](auto r) { sum[r][0] = sum[r][1] = _mm512_set1_epi32(tile.start[side + r]); });
+    unroll<ROWS>([&](auto r) {
+      sum[r][0] = sum[r][1] = FIRST ? _mm512_set1_epi32(tile.start[side + r]) : _mm512_setzero_si512();
+    });
     if constexpr (APART) unroll<ROWS>([&](auto r) { apart[r][0] = apart[r][1] = _mm512_setzero_si512(); });
     for (int64_t i = 0; i < steps; i++, codes += STEP, q += stride) {
       const Eight e = load_eight<BITS, APART>(codes);
@@ -83,6 +89,10 @@ void multiply_rows(const Plan &p, const Panel &panel, const Tile &tile, float *o
     }
     unroll<2>([&](auto t) {
       const Side w = load_side(g, panel, group * kPanel + t * kHalf);
+      if (last)
+        unroll<ROWS>([&](auto r) {
+          sum[r][t] = _mm512_add_epi32(sum[r][t], _mm512_set1_epi32(tile.start[side + r]));
+        });
       unroll<ROWS>([&](auto r) {
         __m512i &all = sum[r][t];
         if constexpr (APART)
