@@ -138,9 +138,16 @@ inline Seen seen_by(const PromptAttention &a, int64_t row, int64_t block) {
 inline void weigh(float *scores, Seen s, int64_t width, float *largest, float *sum, float *out) {
   if (s.from >= s.to) return;
   float top = *largest;
-  for (int64_t t = s.from; t < s.to; t++) top = scores[t] > top ? scores[t] : top;
-  float added = 0;
+  Vector tops = all(top);
   int64_t t = s.from;
+  for (; t + kLanes <= s.to; t += kLanes) {
+    const Vector score = load(scores + t);
+    tops = score > tops ? score : tops;
+  }
+  for (int i = 0; i < kLanes; i++) top = tops[i] > top ? tops[i] : top;
+  for (; t < s.to; t++) top = scores[t] > top ? scores[t] : top;
+  float added = 0;
+  t = s.from;
   Vector weights{};
   for (; t + kLanes <= s.to; t += kLanes) {
     const Vector weight = exponential(load(scores + t) - top);
