@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from transload.errors import ConfigError
-from transload.quantize.awq import Sample, awq_scale, cost_of_block, cost_of_linears, groups_gram, search_scale
+from transload.quantize.awq import Sample, awq_scale, cost_of_block, cost_of_linears, search_scale
 from transload.quantize.block import block_of
+from transload.quantize.clip import clipped_values, quantize_clipped
 from transload.quantize.hadamard import Turn, block_size, hadamard
 from transload.quantize.held import Held
 from transload.quantize.smoothquant import smooth_scale
 from transload.quantize.static import static_scale
-from transload.quantize.statistics import SAMPLE, Statistics
+from transload.quantize.statistics import SAMPLE, Statistics, stride_of
 from transload.reference import quantize_rtn
 from transload.requantize import parse_spec
 from transload.runtime.trace import Piece
@@ -97,12 +98,19 @@ def test_one_linear_or_the_whole_layer_is_no_block() -> None:
     assert block_of(layer, [layer.out, layer.attn.q], layer, x) is None
 
 
-def test_gram_blocks_of_groups_are_the_diagonal_blocks_of_the_gram_matrix() -> None:
-    rows = torch.randn(20, 24)
-    blocks = groups_gram(rows, parse_spec("int4-g8"))
-    whole = rows.T @ rows
-    for g in range(3):
-        assert torch.allclose(blocks[g], whole[8 * g : 8 * g + 8, 8 * g : 8 * g + 8], rtol=1e-4, atol=1e-4)
+def test_a_scale_is_judged_by_the_rounding_that_is_used_in_the_end() -> None:
+    torch.manual_seed(0)
+    w, rows, spec = torch.randn(16, 64), torch.randn(50, 64), parse_spec("int4-g32-fp32")
+    gram, scale = rows.T @ rows, torch.rand(64) + 0.5
+    linear = Held(w, None, (Piece("w", None, 0, 16),))
+    cost = cost_of_linears([Sample(linear, slice(0, 16), w, rows, spec, gram)])
+    rounded = clipped_values(w, spec, gram, scale)
+    want = (rows @ (rounded - w).T).square().sum() / (rows @ w.T).square().sum()
+    assert cost(scale) == pytest.approx(float(want), rel=1e-3)
+    whole = quantize_clipped(w * scale, spec, gram / scale / scale.unsqueeze(1)).dequantize() / scale
+    assert float((rows @ (whole - w).T).square().sum()) == pytest.approx(
+        float((rows @ (rounded - w).T).square().sum()), rel=0.05
+    )
 
 
 def test_products_of_bfloat16_rows_are_near_the_exact_ones() -> None:
@@ -138,6 +146,15 @@ def test_statistics_are_those_of_all_rows() -> None:
     found.divide(by)
     assert float((found.gram - (x / by).T @ (x / by)).norm() / found.gram.norm()) < 1e-4
     assert torch.allclose(found.absmean, (x / by).abs().mean(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("windows", "tokens"), [(5, 512), (64, 512), (512, 512), (1024, 512), (4096, 256), (3, 8)])
+def test_kept_rows_are_not_only_the_first_tokens_of_windows(windows: int, tokens: int) -> None:
+    stride = stride_of(windows, tokens)
+    places = torch.arange(0, windows * tokens, stride)[:SAMPLE] % tokens
+    assert len(places) == min(SAMPLE, windows * tokens) or len(places) > SAMPLE // 2
+    assert int((places == 0).sum()) <= max(len(places) // 16, windows)
+    assert len(places.unique()) >= min(16, tokens)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 28, 36, 64, 76, 896])

@@ -1,7 +1,7 @@
 """AWQ: inputs that carry much get finer steps, by scaling weights up before rounding and inputs down.
 
-Lin et al. 2023: s = mean|x| ** alpha with alpha searched for the smallest error of the output, then the range of every
-group clipped for its part of the output.
+Lin et al. 2023: s = mean|x| ** alpha with alpha searched for the smallest error of the output; then ranges of
+groups are clipped (`clip`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transload.quant import QuantSpec
 from transload.quantize.block import Block
+from transload.quantize.clip import clipped_values
 from transload.quantize.fold import Fold, Pair, pairs_of
 from transload.quantize.held import Filled, Held
 from transload.quantize.rtn import codes_of, grouped, scales_of, values_of
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 METHODS = ("awq", "awq+gptq")  # both fold scales; the second rounds as GPTQ does
 _GRID = 12  # exponents tried, from 0 to 1
-_ROWS = 256  # inputs that the error is measured on
+_COARSE = 8  # the same where every try is rounded with searched ranges
+_INPUTS = 256  # that the error is measured on where there is no Gram matrix
+_OUTPUTS = 64  # that it is measured on where there is one
 _EXPERTS = 8  # experts that the error of a mixture is measured on, those that saw most tokens
 
 
@@ -44,15 +47,16 @@ def awq_scale(absmean: Tensor, exponent: float, weights: Tensor | None = None) -
 
 
 def search_scale(
-    absmean: Tensor, sizes: Tensor, cost: Callable[[Tensor], float], pair: Pair | None = None
+    absmean: Tensor, sizes: Tensor, cost: Callable[[Tensor], float], pair: Pair | None = None, grid: int = _GRID
 ) -> tuple[Tensor, float]:
     """The scale with the least cost, and its exponent, with and without the weights in it.
 
     absmean: mean magnitude of the producer's rows. sizes: mean magnitude of the weights that read them. cost: of a
-    scale of the consumers' inputs [K]. Exponent 0 without sizes is no scaling, so the result is never worse than that.
+    scale of the consumers' inputs [K]. grid: exponents tried. Exponent 0 without sizes is no scaling, so the result is
+    never worse than that.
     """
     best, best_scale, best_exponent = float("inf"), torch.ones_like(absmean), 0.0
-    for exponent, duo in product([step / _GRID for step in range(_GRID)], (None, sizes)):
+    for exponent, duo in product([step / grid for step in range(grid)], (None, sizes)):
         scale = awq_scale(absmean, exponent, duo)
         found = cost(scale if pair is None else pair.widened(scale))
         if found < best:
@@ -69,24 +73,36 @@ def scaled_and_rounded(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Rows of a linear that one scheme is for: which, their weight [R, K] and sample inputs [S, K]."""
+    """Rows of a linear that one scheme is for: which, their weight [R, K], sample inputs [S, K], and the Gram matrix of
+    all inputs [K, K] where there is one."""
 
     held: Held
     at: slice
     weight: Tensor
     rows: Tensor
     spec: QuantSpec
+    gram: Tensor | None = None
+
+    def square(self, weight: Tensor) -> float:
+        """The squared norm of all inputs' products with a weight [*, K]."""
+        if self.gram is None:
+            return float((self.rows @ weight.T).square().sum())
+        return float(((weight @ self.gram) * weight).sum())
+
+    def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """What a weight [*, K] becomes when it is scaled, rounded as it will be in the end, and scaled back."""
+        if self.gram is None:
+            return scaled_and_rounded(weight, scale, self.spec)
+        return clipped_values(weight, self.spec, self.gram, scale)
 
 
 def cost_of_linears(samples: Sequence[Sample]) -> Callable[[Tensor], float]:
     """Squared errors of the outputs, each relative to that linear's own output."""
-    outputs = [float((s.rows @ s.weight.T).square().sum()) or 1.0 for s in samples]
+    weights = [s.weight if s.gram is None else _spread(s.weight, _OUTPUTS) for s in samples]
+    outputs = [s.square(w) or 1.0 for s, w in zip(samples, weights, strict=True)]
 
     def cost(scale: Tensor) -> float:
-        apart = (scaled_and_rounded(s.weight, scale, s.spec) - s.weight for s in samples)
-        return sum(
-            float((s.rows @ a.T).square().sum()) / out for s, a, out in zip(samples, apart, outputs, strict=True)
-        )
+        return sum(s.square(s.rounded(w, scale) - w) / out for s, w, out in zip(samples, weights, outputs, strict=True))
 
     return cost
 
@@ -112,8 +128,10 @@ def fold_awq(
 ) -> list[Fold]:
     """A fold for every pair whose consumers are all quantized by AWQ.
 
-    block_of: the part of the layer that some linears are in. Routed experts see too few of its tokens, so their scales
-    are judged by their own outputs.
+    With Gram matrices a scale is judged by the outputs of linears that are rounded as they will be: for rounding to
+    nearest other scales are best. Without (GPTQ rounds in the end, or they are added up later) it is judged by rounding
+    to nearest and what block_of gives: the part of the layer that some linears are in. Routed experts see too few of its
+    tokens, and are judged by their own outputs.
     """
     folds = []
     for pair in pairs_of(filled, held):
@@ -122,29 +140,25 @@ def fold_awq(
         seen = sorted((c for c in quantized if c in watch.of), key=lambda c: -watch.of[c].tokens)
         if not methods <= set(METHODS) or not seen or not produced(pair.producer, filled, assigned):
             continue
+        clipped = methods == {"awq"} and all(watch.of[c].gram is not None for c in seen)
         tokens = sum(watch.of[c].tokens for c in seen)
         absmean = torch.stack([watch.of[c].absmean * (watch.of[c].tokens / tokens) for c in seen]).sum(0)
         samples = [
-            Sample(c, at, c.rows(at), _spread(watch.of[c].rows), assigned[n].spec)
+            Sample(c, at, c.rows(at), _spread(stats.rows, _INPUTS), assigned[n].spec, stats.gram if clipped else None)
             for c in (seen if len(seen) <= 2 * _EXPERTS else seen[:_EXPERTS])
             for n, at in c.parts()
+            for stats in (watch.of[c],)
             if n in assigned
         ]
         sizes = pair.narrowed(torch.stack([s.weight.abs().mean(0) for s in samples]).mean(0))
-        block = None if any(c.routed for c in seen) else block_of(seen)
+        block = None if clipped or any(c.routed for c in seen) else block_of(seen)
         cost = cost_of_linears(samples) if block is None else cost_of_block(samples, block)
-        scale, exponent = search_scale(pair.narrowed(absmean), sizes, cost, pair)
+        scale, exponent = search_scale(pair.narrowed(absmean), sizes, cost, pair, _COARSE if clipped else _GRID)
         if not bool((scale == 1).all()):
             folds.append(Fold(pair, scale, f"AWQ exponent {exponent:g}"))
     return folds
 
 
-def _spread(rows: Tensor) -> Tensor:
-    """About _ROWS of the sample rows, from all of the text."""
-    return rows[:: max(1, len(rows) // _ROWS)]
-
-
-def groups_gram(rows: Tensor, spec: QuantSpec) -> Tensor:
-    """The Gram matrix of every group's inputs [G, S, S], from sample inputs [T, K]."""
-    x = grouped(rows, spec).transpose(0, 1)
-    return x.transpose(1, 2) @ x
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """About `count` of the rows, from everywhere among them."""
+    return rows[:: max(1, len(rows) // count)]

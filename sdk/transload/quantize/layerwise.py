@@ -14,20 +14,22 @@ from transload.errors import ConfigError, FormatError
 from transload.quant import QTensor, QuantSpec
 from transload.quantize import awq
 from transload.quantize.block import block_of, sample_windows
+from transload.quantize.clip import quantize_clipped
 from transload.quantize.fold import Fold
 from transload.quantize.gptq import Factor, factor, gptq
 from transload.quantize.held import Filled, Held, held_of
 from transload.quantize.hidden import Hidden
 from transload.quantize.recipe import Method, Recipe
-from transload.quantize.rtn import quantize_clipped, quantize_mse
+from transload.quantize.rtn import quantize_mse
 from transload.quantize.smoothquant import fold_smooth
-from transload.quantize.statistics import SAMPLE, Statistics, Watch
+from transload.quantize.statistics import Statistics, Watch, stride_of
 from transload.requantize import requantize
 
 _GRAM_BYTES = 6 << 30  # Hessians in memory at a time; a layer whose experts need more is run over the text again
 _TOKENS_AT_ONCE = 1024
 _SLAB = 1 << 22  # values compared at a time
-GPTQ = ("gptq", "awq+gptq")  # methods that want a Hessian
+GPTQ = ("gptq", "awq+gptq")  # methods that want a factored Hessian
+GRAM = (*GPTQ, "awq")  # methods that want one
 SAME = 0.05  # what a layer may differ by after a fold: rounded gains and routers, far less than a wrong one
 Forward = Callable[[Tensor], Tensor]
 
@@ -138,7 +140,7 @@ class LayerJob:
     def _watched(self, forward: Forward, hidden: Hidden, round: Sequence[Held], grams: bool = True) -> Watch:
         watch = Watch(
             {held for held in round if grams and self._needs_gram(held)},
-            max(1, hidden.count * hidden.tokens // SAMPLE),
+            stride_of(hidden.count, hidden.tokens),
             getattr(torch, self.recipe.calibration.precision),
         )
         for held in round:
@@ -235,14 +237,14 @@ class LayerJob:
         return found, f"the Hessian is singular: damping raised to {found.damping:g}" if raised else ""
 
     def _needs_gram(self, held: Held) -> bool:
-        return any(self.assigned[n].method in GPTQ for n in held.names if n in self.assigned)
+        return any(self.assigned[n].method in GRAM for n in held.names if n in self.assigned)
 
 
 def _codes(weight: Tensor, spec: QuantSpec, method: Method, statistics: Statistics | None) -> QTensor:
     if method == "rtn":
         return requantize(weight, spec)[0]
-    if method == "awq" and statistics is not None:
-        return quantize_clipped(weight, spec, awq.groups_gram(statistics.rows, spec))
+    if method == "awq" and statistics is not None and statistics.gram is not None:
+        return quantize_clipped(weight, spec, statistics.gram)
     return quantize_mse(weight, spec)
 
 

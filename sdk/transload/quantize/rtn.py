@@ -5,6 +5,8 @@ The plain form, whose range is the largest magnitude, is `reference.quantize_rtn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,16 +24,14 @@ def quantize_mse(weight: Tensor, spec: QuantSpec, importance: Tensor | None = No
     weight: float [N, K]. importance: float [K], how much an error at each input counts (the diagonal of the Hessian);
     None counts all alike. Raises ConfigError for schemes other than integers with a stored or implied zero point.
     """
-    return _in_slabs(weight, spec, None if importance is None else importance.float())
-
-
-def quantize_clipped(weight: Tensor, spec: QuantSpec, blocks: Tensor) -> QTensor:
-    """Rounds a weight to scales that make each group's part of the output least wrong.
-
-    weight: float [N, K]. blocks: float [G, S, S], the Gram matrix of the inputs of every group: the error of a group is
-    e @ block @ e, as in AWQ's weight clipping (Lin et al. 2023, section 3.2 and its code).
-    """
-    return _in_slabs(weight, spec, blocks.float())
+    weighting = None if importance is None else grouped(importance.unsqueeze(0), spec)[0]
+    parts = []
+    for rows in in_slabs(weight, spec):
+        scales, zeros = searched_scales(rows, spec, weighting)
+        parts.append((codes_of(rows, scales, zeros, spec).to(torch.uint8).flatten(-2), scales, zeros))
+    codes, scales = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    zeros = None if spec.zero is Zero.MIDPOINT else torch.cat([p[2] for p in parts if p[2] is not None])
+    return as_qtensor(codes, scales, zeros, spec)
 
 
 def grouped(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -51,10 +51,10 @@ def scales_of(x: Tensor, spec: QuantSpec, shrink: float | Tensor = 1.0) -> tuple
     if spec.grid is not Grid.INT or spec.zero not in (Zero.MIDPOINT, Zero.CODES):
         raise ConfigError(f"{spec}: only integer codes with integer zero points are quantized with calibration")
     if spec.zero is Zero.MIDPOINT:
-        return _stored(x.abs().amax(-1) * shrink / (spec.midpoint - 0.5), spec), None
+        return stored(x.abs().amax(-1) * shrink / (spec.midpoint - 0.5), spec), None
     top = 2 * spec.midpoint - 1
     low, high = x.amin(-1).clamp(max=0) * shrink, x.amax(-1).clamp(min=0) * shrink
-    scales = _stored((high - low) / top, spec)
+    scales = stored((high - low) / top, spec)
     return scales, (-low / scales).round().clamp(0, top)
 
 
@@ -70,6 +70,11 @@ def values_of(codes: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSp
     return (codes - zero) * scales.unsqueeze(-1)
 
 
+def shrinks() -> list[float]:
+    """The parts of a group's range that are tried, the whole first."""
+    return [1 - step * (1 - _SMALLEST) / _SHRINKS for step in range(_SHRINKS)]
+
+
 def searched_scales(x: Tensor, spec: QuantSpec, weighting: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Scales and zeros of the shrink that loses least, for groups x [N, G, S].
 
@@ -77,8 +82,7 @@ def searched_scales(x: Tensor, spec: QuantSpec, weighting: Tensor | None) -> tup
     """
     best = torch.full(x.shape[:-1], torch.inf, device=x.device)
     shrink = torch.ones_like(best)
-    for step in range(_SHRINKS):
-        factor = 1 - step * (1 - _SMALLEST) / _SHRINKS
+    for factor in shrinks():
         scales, zeros = scales_of(x, spec, factor)
         cost = _cost(values_of(codes_of(x, scales, zeros, spec), scales, zeros, spec) - x, weighting)
         better = cost < best
@@ -94,19 +98,12 @@ def _cost(error: Tensor, weighting: Tensor | None) -> Tensor:
     return (torch.einsum("ngs,gst->ngt", error, weighting) * error).sum(-1)
 
 
-def _in_slabs(weight: Tensor, spec: QuantSpec, weighting: Tensor | None) -> QTensor:
+def in_slabs(weight: Tensor, spec: QuantSpec, values: int = _SLAB) -> Sequence[Tensor]:
+    """The groups [N, G, S] of a weight [N, K], in parts of about `values`. Raises ValueError when it is not finite."""
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight contains NaN or infinity")
     x = grouped(weight, spec)
-    if weighting is not None and weighting.dim() == 1:
-        weighting = weighting.reshape(x.shape[1:])
-    parts = []
-    for rows in torch.split(x, max(1, _SLAB // max(x[0].numel(), 1))):
-        scales, zeros = searched_scales(rows, spec, weighting)
-        parts.append((codes_of(rows, scales, zeros, spec).to(torch.uint8).flatten(-2), scales, zeros))
-    codes, scales = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    zeros = None if spec.zero is Zero.MIDPOINT else torch.cat([p[2] for p in parts if p[2] is not None])
-    return as_qtensor(codes, scales, zeros, spec)
+    return torch.split(x, max(1, values // max(x[0].numel(), 1)))
 
 
 def as_qtensor(codes: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> QTensor:
@@ -115,7 +112,7 @@ def as_qtensor(codes: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantS
     return QTensor(spec, codes.to(torch.uint8).contiguous(), scales.to(spec.scale_dtype), stored)
 
 
-def _stored(scales: Tensor, spec: QuantSpec) -> Tensor:
-    """Rounded to the dtype that is stored, so that everything after it sees the scale that will be used."""
+def stored(scales: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales rounded to the dtype that is stored, so that everything after it sees the scale that will be used."""
     info = torch.finfo(spec.scale_dtype)
     return scales.clamp(info.tiny, info.max).to(spec.scale_dtype).float()

@@ -209,7 +209,7 @@ class _Run:
         inputs: StaticInputs | None = None
         out: Hidden | None = None
         if hidden is not None:
-            inputs = StaticInputs(work.label, filled, self.assignment.modules, hidden.count * hidden.tokens)
+            inputs = StaticInputs(work.label, filled, self.assignment.modules, hidden.count, hidden.tokens)
             if inputs or not last:
                 out = self.stage.hidden(index + 1, (hidden.count, hidden.tokens, hidden.width), create=True)
         move(filled, self._device)

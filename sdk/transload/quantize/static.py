@@ -14,7 +14,7 @@ from torch import Tensor
 from transload.errors import ConfigError
 from transload.quantize.held import Filled, Held, held_of
 from transload.quantize.layerwise import Assigned
-from transload.quantize.statistics import SAMPLE, Statistics, Watch
+from transload.quantize.statistics import Statistics, Watch, stride_of
 
 INPUT_SCALE = "input_scale"
 _STEPS = 40
@@ -44,17 +44,17 @@ def static_scale(rows: Tensor, absmax: float, bits: int = 8) -> float:
 class StaticInputs:
     """The linears of a filled layer whose activations are static; true when there are any.
 
-    tokens: how many the layer will be given between `watch` and `scales`.
+    windows, tokens: how many of how many tokens the layer will be given between `watch` and `scales`.
     """
 
-    def __init__(self, label: str, filled: Filled, assigned: Mapping[str, Assigned], tokens: int) -> None:
+    def __init__(self, label: str, filled: Filled, assigned: Mapping[str, Assigned], windows: int, tokens: int) -> None:
         self._label = label
         self._names = {
             held: names
             for _, held in held_of(filled.layer)
             if (names := [n for n in held.names if n in assigned and is_static(assigned[n])])
         }
-        self._watch = Watch((), stride=max(1, tokens // SAMPLE))
+        self._watch = Watch((), stride=stride_of(windows, tokens))
 
     def watch(self) -> None:
         """From now on inputs are collected."""

@@ -11,6 +11,16 @@ _COLUMNS = 1024  # a Gram matrix is added up in blocks, and only on and below th
 SAMPLE = 1024  # rows kept as they are
 
 
+def stride_of(windows: int, tokens: int) -> int:
+    """Between kept rows, so that SAMPLE of them are spread over windows of `tokens` each.
+
+    A window's first token is unlike all others, and a stride that divides windows keeps it of each. Of many windows it
+    would keep little else, so their stride is odd.
+    """
+    stride = max(1, windows * tokens // SAMPLE)
+    return stride if stride <= tokens // 16 else stride | 1
+
+
 class Statistics:
     """Sums over the rows x [T, K] that a linear was given.
 
