@@ -30,7 +30,7 @@ METHODS = ("awq", "awq+gptq")  # both fold scales; the second rounds as GPTQ doe
 _GRID = 12  # exponents tried, from 0 to 1
 _COARSE = 8  # the same where every try is rounded with searched ranges
 _INPUTS = 256  # that the error is measured on where there is no Gram matrix
-_OUTPUTS = 64  # that it is measured on where there is one
+_OUTPUTS = 128  # that it is measured on where there is one
 _EXPERTS = 8  # experts that the error of a mixture is measured on, those that saw most tokens
 
 
@@ -130,8 +130,8 @@ def fold_awq(
 
     With Gram matrices a scale is judged by the outputs of linears that are rounded as they will be: for rounding to
     nearest other scales are best. Without (GPTQ rounds in the end, or they are added up later) it is judged by rounding
-    to nearest and what block_of gives: the part of the layer that some linears are in. Routed experts see too few of its
-    tokens, and are judged by their own outputs.
+    to nearest and what block_of gives: the part of the layer that some linears are in. Routed experts see too few of
+    its tokens, and are judged by their own outputs.
     """
     folds = []
     for pair in pairs_of(filled, held):
