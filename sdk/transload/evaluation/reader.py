@@ -42,7 +42,8 @@ class Reader:
         layers, start = layer_tokens > 0, time.perf_counter()
         ids = window.ids.unsqueeze(0).to(self.device)
         with torch.inference_mode():
-            out = self._decoder(input_ids=ids, use_cache=False, output_hidden_states=layers)
+            # With a cache the tokens take the way of a prompt, which on the CPU is one native call.
+            out = self._decoder(input_ids=ids, use_cache=not layers, output_hidden_states=layers)
             last = (out.last_hidden_state if self.exact_head else out.logits)[0]
             rows = slice(window.first - 1, len(window.ids) - 1)
             states = tuple(h[0, rows][:layer_tokens].float().cpu() for h in out.hidden_states) if layers else ()

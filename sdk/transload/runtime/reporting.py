@@ -41,7 +41,7 @@ class Report:
 
     unused: quantized modules of the checkpoint that the model has no place for (layers for speculative decoding, say).
     packed_cache: what became of packed_cache, a sentence, where it was asked for.
-    decoder: what runs single tokens: a kernel with one call a token, or transformers' layers and why.
+    decoder: what runs one sequence: a kernel with one call a token or prompt, or transformers' layers and why.
     """
 
     modules: tuple[ModuleReport, ...]

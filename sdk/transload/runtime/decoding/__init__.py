@@ -30,9 +30,12 @@ def attach(model: PreTrainedModel, whole: bool = True) -> None:
 
 
 def decoder_of(model: nn.Module) -> str:
-    """What runs single tokens: "native-vnni, one call a token" or "transformers (reason)"; "" where nobody asked."""
+    """What runs one sequence: "native-vnni, one call a token or prompt" or "transformers (reason)".
+
+    "" where nobody asked.
+    """
     inner = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     if isinstance(inner, StepwiseModel):
-        return f"transformers ({inner.reason})" if inner.reason else f"{inner.kernel}, one call a token"
+        return f"transformers ({inner.reason})" if inner.reason else f"{inner.kernel}, one call a token or prompt"
     said: str = model.__dict__.get(_SAID, "")
     return said
