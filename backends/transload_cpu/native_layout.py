@@ -12,6 +12,7 @@ from transload.hal import Packed
 from transload.quant import PER_CHANNEL, Grid, QTensor, QuantSpec, Zero
 from transload_cpu.native_library import DTYPES, Geometry, check, load
 
+_ROOMS = (4, 5, 6, 8)  # bits that a code may take; others take the next larger room
 _ZEROS = {Zero.MIDPOINT: 0, Zero.CODES: 1, Zero.FLOATS: 2, Zero.MINS: 3}
 
 
@@ -136,7 +137,7 @@ def _geometry(spec: QuantSpec, n: int, k: int, experts: int | None) -> Geometry:
         k=k,
         group_size=spec.group_size,
         experts=1 if experts is None else experts,
-        bits=4 if spec.bits <= 4 else 8,
+        bits=next(room for room in _ROOMS if room >= spec.bits),
         zero=_ZEROS[spec.zero],
         midpoint=spec.midpoint if spec.zero is Zero.MIDPOINT else 0,
         scale_dtype=DTYPES[spec.scale_dtype],

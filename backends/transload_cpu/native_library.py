@@ -11,7 +11,7 @@ import torch
 
 from transload.errors import BackendError, ConfigError
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 _INTERFACE_VERSION = 3  # of the structures below
 ENABLE = "python -m transload_cpu.build_native"  # the one command that adds the kernels to an installed package
 

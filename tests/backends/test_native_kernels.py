@@ -36,7 +36,7 @@ def nmse(y: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @each_kernel
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("zero", [Zero.MIDPOINT, Zero.CODES], ids=["sym", "asym"])
 @pytest.mark.parametrize("group", [32, 128, PER_CHANNEL])
 def test_integer_sums_equal_the_reference_bit_for_bit(kernel: NativeKernel, bits: int, zero: Zero, group: int) -> None:
@@ -102,7 +102,14 @@ def test_many_bfloat16_rows_match_the_reference(kernel: NativeKernel) -> None:
 def test_bfloat16_rows_are_multiplied_without_rounding_them(kernel: NativeKernel, m: int, group: int) -> None:
     """Whole numbers up to 127 fit every kernel's activations: the result is the exact sum, rounded to bfloat16 once."""
     random = torch.Generator().manual_seed(m)
-    for bits, zero in ((4, Zero.MIDPOINT), (4, Zero.CODES), (8, Zero.CODES), (4, Zero.MINS)):
+    for bits, zero in (
+        (4, Zero.MIDPOINT),
+        (4, Zero.CODES),
+        (8, Zero.CODES),
+        (4, Zero.MINS),
+        (5, Zero.MIDPOINT),
+        (6, Zero.CODES),
+    ):
         spec = QuantSpec(bits, group, zero=zero, scale_dtype=FP16)
         codes = torch.randint(1 << bits, (37, 328), generator=random, dtype=torch.uint8)
         side = (37, spec.groups(328))
@@ -115,11 +122,12 @@ def test_bfloat16_rows_are_multiplied_without_rounding_them(kernel: NativeKernel
         assert torch.equal(kernel.matmul(x, kernel.pack(w)), exact), (bits, zero)
 
 
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @each_kernel
 @pytest.mark.parametrize("act", [None, ActSpec(8, 32)], ids=["W4A16", "W4A8"])
-def test_rows_do_not_depend_on_their_neighbours(kernel: NativeKernel, act: ActSpec | None) -> None:
+def test_rows_do_not_depend_on_their_neighbours(kernel: NativeKernel, act: ActSpec | None, bits: int) -> None:
     """Any number of rows, any cut into tiles and any number of threads give the same bits for the same row."""
-    spec = QuantSpec(4, 32, scale_dtype=FP16, act=act)
+    spec = QuantSpec(bits, 32, scale_dtype=FP16, act=act)
     packed = kernel.pack(random_weight(spec, 100, 256))
     x = torch.randn(70, 256)
     # AMX may sum few rows elsewhere than many; scaled in the same order, they still agree.
@@ -200,7 +208,7 @@ def test_one_layout_serves_every_instruction_set() -> None:
 
 
 @pytest.mark.parametrize("zero", [z for z in Zero if z is not Zero.NONE], ids=lambda z: z.value)
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 7, 8])
 def test_dequantized_weights_are_the_reference_rounded_once(bits: int, zero: Zero) -> None:
     """Bit for bit, for whole weights and for slabs that begin and end inside a panel, in every order of inputs."""
     random = torch.Generator().manual_seed(bits)

@@ -106,7 +106,7 @@ void multiply_panels(const DecoderMath &math, const Part &p, const Tile &tile, c
     const TileRun run{tile, &rows, 1};
     alignas(64) float out[kPanel];
     for (int64_t panel = first; panel < last; panel++) {
-      p.isa->multiply(p.plan, panel_at(p.layout, p.linear.weight, expert, panel), run, out);
+      multiply_panel(*p.isa, p.plan, panel_at(p.layout, p.linear.weight, expert, panel), run, out);
       std::copy_n(out, std::min<int64_t>(kPanel, n - panel * kPanel), y + panel * kPanel);
     }
   }

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "floats.h"
+#include "isa.h"
+#include "narrow.h"
 #include "parallel.h"
 
 namespace transload {
@@ -61,12 +63,17 @@ void fill_rows(const Layout &l, const Panel &panel, int first, int count, int32_
     }
 }
 
-DequantizePanel best() {
+// What this processor does fastest.
+struct Best {
+  DequantizePanel dequantize = dequantize_plain;
+  const Isa *isa = &portable_isa;
+
+  Best() {
 #if defined(__x86_64__)
-  if (tl_supported() >> TL_AVX512_VNNI & 1) return dequantize_avx512;
+    if (tl_supported() >> TL_AVX512_VNNI & 1) dequantize = dequantize_avx512, isa = &avx512_vnni_isa;
 #endif
-  return dequantize_plain;
-}
+  }
+};
 
 // One row with its inputs back in their original order.
 template <class T>
@@ -79,25 +86,34 @@ void scatter(const uint8_t *row, const uint8_t *order, int64_t k, uint8_t *out) 
 }
 
 struct Slab {
-  const Layout *layout;
+  const Layout *layout, *shape;  // of the packed weight; the same with codes that dequantize reads
   const uint8_t *packed;
   int64_t first, last;  // of the outputs of all experts
   int32_t dtype;
   uint8_t *out;
-  DequantizePanel dequantize;
+  Best best;
 
-  // The part of a panel that the slab asks for. The row in hand is kept apart when inputs are to be put in order.
-  void fill(int64_t index, uint8_t *row) const {
-    const Layout &l = *layout;
+  // Bytes that one worker needs: a widened panel, and the row in hand where inputs are to be put in order.
+  int64_t room() const { return wide_bytes() + (shape->geometry.act_order ? shape->geometry.k * 4 : 0); }
+  int64_t wide_bytes() const { return is_narrow(layout->geometry) ? shape->panel_codes : 0; }
+
+  // The part of a panel that the slab asks for.
+  void fill(int64_t index, uint8_t *memory) const {
+    const Layout &l = *shape;
     const int64_t start = index / l.panels * l.geometry.n + index % l.panels * kPanel;
     const int64_t from = std::max(first, start), bytes = l.geometry.k * dtype_bytes(dtype);
     const int64_t to = std::min(last, std::min(start + kPanel, (index / l.panels + 1) * l.geometry.n));
-    const Panel panel = panel_at(l, packed, index / l.panels, index % l.panels);
+    Panel panel = panel_at(*layout, packed, index / l.panels, index % l.panels);
+    if (is_narrow(layout->geometry)) {
+      best.isa->widen(layout->geometry.bits, panel.codes, l.kp / 8, memory);
+      panel.codes = memory;
+    }
     uint8_t *at = out + (from - first) * bytes;
     const auto lead = static_cast<int>(from - start), count = static_cast<int>(to - from);
-    if (!l.geometry.act_order) return dequantize(l, panel, lead, count, dtype, at, bytes);
+    if (!l.geometry.act_order) return best.dequantize(l, panel, lead, count, dtype, at, bytes);
+    uint8_t *row = memory + wide_bytes();
     for (int j = 0; j < count; j++, at += bytes) {
-      dequantize(l, panel, lead + j, 1, dtype, row, bytes);
+      best.dequantize(l, panel, lead + j, 1, dtype, row, bytes);
       (dtype == TL_FLOAT32 ? scatter<uint32_t> : scatter<uint16_t>)(row, packed + l.order_at, l.geometry.k, at);
     }
   }
@@ -125,13 +141,12 @@ extern "C" int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int64
   if (count == 0) return TL_OK;
   if (!out) return TL_BAD_ARGUMENT;
   const auto panel_of = [&](int64_t output) { return output / n * l.panels + output % n / kPanel; };
-  const Slab slab{&l, static_cast<const uint8_t *>(packed), first, last, dtype, static_cast<uint8_t *>(out), best()};
-  const int64_t from = panel_of(first), panels = panel_of(last - 1) + 1 - from, row = l.geometry.k * 4;
+  const Layout shape = is_narrow(l.geometry) ? widened(l) : l;
+  const Slab slab{&l, &shape, static_cast<const uint8_t *>(packed), first, last, dtype, static_cast<uint8_t *>(out), {}};
+  const int64_t from = panel_of(first), panels = panel_of(last - 1) + 1 - from, room = slab.room();
   try {
-    std::vector<uint8_t> rows(l.geometry.act_order ? static_cast<size_t>(row * threads) : 0);
-    parallel(threads, panels, [&](int64_t i, int worker) {
-      slab.fill(from + i, rows.empty() ? nullptr : rows.data() + worker * row);
-    });
+    std::vector<uint8_t> rooms(static_cast<size_t>(room * threads));
+    parallel(threads, panels, [&](int64_t i, int worker) { slab.fill(from + i, rooms.data() + worker * room); });
   } catch (const std::bad_alloc &) {
     return TL_OUT_OF_MEMORY;
   }

@@ -34,7 +34,16 @@ struct Isa {
   // Around every parallel region, on every thread; null when there is nothing to do.
   void (*enter)(const Plan &plan);
   void (*leave)();
+
+  // Codes of 5 or 6 bits [steps][step_bytes] as codes of 8 bits [steps][256]. With `narrow`, multiply reads them itself.
+  void (*widen)(int bits, const uint8_t *codes, int64_t steps, uint8_t *wide);
+  bool narrow;
 };
+
+// isa.multiply for codes of any room. Where the table cannot read codes of 5 or 6 bits, and where several tiles would
+// each unpack them again, the panel is widened first. Throws std::bad_alloc.
+void multiply_panel(const Isa &isa, const Plan &plan, const Panel &panel, const TileRun &tiles, float *out);
+
 
 extern const Isa portable_isa;
 #if defined(__x86_64__)

@@ -186,6 +186,6 @@ bool amx_suits(const Plan &p, int64_t rows) {
 }
 
 const Isa amx_isa = {"amx-int8",   kTileRows, 16,        64,    1 << 20,     read_row,
-                     quantize_row, multiply,  store_row, enter, tile_release};
+                     quantize_row, multiply,  store_row, enter, tile_release, widen, false};
 
 }  // namespace transload

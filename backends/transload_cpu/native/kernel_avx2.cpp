@@ -4,6 +4,6 @@
 namespace transload {
 
 const Isa avx2_isa = {"avx2",       kRows,        1, 8, 192 << 10, read_row,
-                      quantize_row, multiply_each<multiply_tile>, store_row, nullptr, nullptr};
+                      quantize_row, multiply_each<multiply_tile>, store_row, nullptr, nullptr, widen, false};
 
 }  // namespace transload

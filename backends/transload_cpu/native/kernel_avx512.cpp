@@ -25,7 +25,7 @@ struct Eight {
   __m512i first[2], second[2];
 };
 
-// With `apart`, the high nibbles stay where they are and count 16 times.
+// With `apart`, the high nibbles of 4-bit codes stay where they are and count 16 times.
 template <int BITS, bool APART>
 inline __attribute__((always_inline)) Eight load_eight(const uint8_t *codes) {
   const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(static_cast<char>(0xf0));
@@ -35,6 +35,10 @@ inline __attribute__((always_inline)) Eight load_eight(const uint8_t *codes) {
     if constexpr (BITS == 8) {
       e.first[t] = row;
       e.second[t] = _mm512_loadu_si512(codes + 128 + t * 64);
+    } else if constexpr (BITS > 4) {
+      const __m512i second = _mm512_and_si512(_mm512_srli_epi16(row, 4), low);
+      e.first[t] = _mm512_or_si512(_mm512_and_si512(row, low), upper_512<BITS>(codes, t));
+      e.second[t] = _mm512_or_si512(second, upper_512<BITS>(codes, 2 + t));
     } else {
       e.first[t] = _mm512_and_si512(row, low);
       e.second[t] = APART ? _mm512_and_si512(row, high) : _mm512_and_si512(_mm512_srli_epi16(row, 4), low);
@@ -127,15 +131,19 @@ void multiply_bits(const Plan &p, const Panel &panel, const Tile &tile, int rows
 }
 
 void multiply_tile(const Plan &p, const Panel &panel, const Tile &tile, int rows, float *out) {
-  if (p.weight->geometry.bits == 4)
-    multiply_bits<4>(p, panel, tile, rows, out, std::make_index_sequence<kRows>{});
-  else
-    multiply_bits<8>(p, panel, tile, rows, out, std::make_index_sequence<kRows>{});
+  constexpr auto each = std::make_index_sequence<kRows>{};
+  switch (p.weight->geometry.bits) {
+    case 4: return multiply_bits<4>(p, panel, tile, rows, out, each);
+    case 5: return multiply_bits<5>(p, panel, tile, rows, out, each);
+    case 6: return multiply_bits<6>(p, panel, tile, rows, out, each);
+    default: return multiply_bits<8>(p, panel, tile, rows, out, each);
+  }
 }
 
 }  // namespace
 
 const Isa avx512_vnni_isa = {"avx512-vnni", kRows,        1, 8, 384 << 10, read_row,
-                             quantize_row, multiply_each<multiply_tile>, store_row, nullptr, nullptr};
+                             quantize_row, multiply_each<multiply_tile>, store_row, nullptr, nullptr,
+                             widen,        true};
 
 }  // namespace transload

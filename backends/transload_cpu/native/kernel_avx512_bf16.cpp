@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "unpack_bf16.h"
+#include "widen_512.h"
 
 namespace transload {
 namespace {
@@ -159,6 +160,6 @@ void store_halves(const float *out, const float *bias, int n, void *y, int64_t a
 }  // namespace
 
 const Isa avx512_bf16_isa = {"avx512-bf16", kRows,    1,            8,       2 << 20, read_halves,
-                             place_halves,  multiply, store_halves, nullptr, nullptr};
+                             place_halves,  multiply, store_halves, nullptr, nullptr, widen, false};
 
 }  // namespace transload

@@ -4,6 +4,6 @@
 namespace transload {
 
 const Isa avx_vnni_isa = {"avx-vnni",   kRows,        1, 8, 192 << 10, read_row,
-                          quantize_row, multiply_each<multiply_tile>, store_row, nullptr, nullptr};
+                          quantize_row, multiply_each<multiply_tile>, store_row, nullptr, nullptr, widen, false};
 
 }  // namespace transload

@@ -119,6 +119,6 @@ void multiply_tile(const Plan &p, const Panel &panel, const Tile &tile, int rows
 }  // namespace
 
 const Isa dotprod_isa = {"neon-dotprod", kRows,        1, 8, 256 << 10, read_row,
-                         quantize_row,   multiply_each<multiply_tile>, store_row, nullptr, nullptr};
+                         quantize_row,   multiply_each<multiply_tile>, store_row, nullptr, nullptr, widen, false};
 
 }  // namespace transload

@@ -61,6 +61,6 @@ void multiply_tile(const Plan &p, const Panel &panel, const Tile &tile, int rows
 }  // namespace
 
 const Isa portable_isa = {"portable",   kRows,        1, 8, 384 << 10, read_row,
-                          quantize_row, multiply_each<multiply_tile>, store_row, nullptr, nullptr};
+                          quantize_row, multiply_each<multiply_tile>, store_row, nullptr, nullptr, widen, false};
 
 }  // namespace transload

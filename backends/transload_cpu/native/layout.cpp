@@ -32,7 +32,8 @@ bool valid(const tl_geometry &g) {
                      g.group_size >= g.k;
   const bool zero = g.zero >= TL_ZERO_MIDPOINT && g.zero <= TL_ZERO_MINS && g.midpoint >= 0 && g.midpoint <= 255;
   const bool scales = g.scale_dtype >= TL_FLOAT32 && g.scale_dtype <= TL_FLOAT16;
-  return sizes && group && zero && scales && (g.bits == 4 || g.bits == 8) && (g.act_order == 0 || g.act_order == 1);
+  const bool bits = g.bits == 4 || g.bits == 5 || g.bits == 6 || g.bits == 8;
+  return sizes && group && zero && scales && bits && (g.act_order == 0 || g.act_order == 1);
 }
 
 }  // namespace
@@ -59,6 +60,14 @@ bool layout_of(const tl_geometry &g, Layout *out) {
   l.total = l.order_at + (g.act_order ? round_up(g.k * 4, 64) : 0);
   *out = l;
   return true;
+}
+
+Layout widened(const Layout &layout) {
+  Layout wide = layout;
+  wide.geometry.bits = 8;
+  wide.step_bytes = int64_t(kPanel) * 8;
+  wide.panel_codes = wide.kp / 8 * wide.step_bytes;
+  return wide;
 }
 
 void write_header(const Layout &l, void *packed) {

@@ -15,6 +15,10 @@
 //
 // so that one AND or shift yields an operand of the dot-product instructions (16 outputs x 4 inputs). For bits = 8
 // there are four rows: inputs 0..3 of outputs 0..15 and 16..31, then inputs 4..7 of both.
+//
+// For bits = 5 and 6 the two rows hold the lower four bits, and a plane of 32 or 64 bytes follows them. With 5 bits it is
+// four masks of 64 bits, one per row of the layout for 8 bits, bit 4*j + i for byte 4*j + i of that row. With 6 bits
+// byte 4*j + i holds two bits for each of the four rows, those of the first row lowest.
 // Padding outputs and inputs have code, scale and zero 0.
 #pragma once
 
@@ -28,7 +32,7 @@ namespace transload {
 constexpr int kPanel = 32;      // outputs of a panel
 constexpr int kHalf = 16;       // outputs of one 64-byte row
 constexpr int kPadInputs = 64;  // inputs are padded to a multiple of this
-constexpr int32_t kLayoutVersion = 1;
+constexpr int32_t kLayoutVersion = 2;
 
 struct Layout {
   tl_geometry geometry;
@@ -41,6 +45,9 @@ struct Layout {
 
 // False when the geometry is one that the library does not hold or whose size does not fit 64 bits.
 bool layout_of(const tl_geometry &geometry, Layout *layout);
+
+// The layout of the same weight with its codes widened to 8 bits.
+Layout widened(const Layout &layout);
 
 // Writes the header of a packed weight; the sections are the caller's.
 void write_header(const Layout &layout, void *packed);

@@ -139,7 +139,7 @@ void multiply_item(const Work &w, int64_t item, int worker) {
     const int64_t column = panel * kPanel;
     const int outputs = static_cast<int>(std::min<int64_t>(kPanel, n - column));
     const float *bias = w.call->bias ? w.call->bias + head.expert * n + column : nullptr;
-    w.isa->multiply(w.plan, panel_at(weight, w.call->packed, head.expert, panel), run, out);
+    multiply_panel(*w.isa, w.plan, panel_at(weight, w.call->packed, head.expert, panel), run, out);
     const Output &to = w.output;
     for (int64_t i = 0; i < tokens; i++)
       w.isa->store_row(out + i * kPanel, bias, outputs, to.y, (head.first + i) * to.stride + column, to.dtype);

@@ -7,6 +7,7 @@
 #endif
 
 #include "isa.h"
+#include "narrow.h"
 #include "parallel.h"
 
 namespace transload {
@@ -24,19 +25,26 @@ Sections sections_at(const Layout &l, void *packed, int64_t expert, int64_t pane
 
 // Eight codes of one output, as the dwords of the packed rows.
 struct Eight {
-  uint32_t low, high;  // bits = 4: low holds all eight; bits = 8: inputs 0..3 and 4..7
+  uint32_t low, high;  // bits = 8: inputs 0..3 and 4..7; otherwise low holds four bits of all eight
+  Upper upper;         // bits = 5 and 6
 };
+
+constexpr uint32_t kNibbles = 0x0f0f0f0fu;
 
 Eight read_eight(const uint8_t *codes, int64_t left, int bits) {
   uint32_t pair[2] = {0, 0};
   std::memcpy(pair, codes, static_cast<size_t>(std::min<int64_t>(left, 8)));
-  if (bits == 4) return {pair[0] | pair[1] << 4, 0};
-  return {pair[0], pair[1]};
+  if (bits == 8) return {pair[0], pair[1], {}};
+  const uint32_t low = (pair[0] & kNibbles) | (pair[1] & kNibbles) << 4;
+  return {low, 0, {pair[0] >> 4 & kNibbles, pair[1] >> 4 & kNibbles}};
 }
 
 void write_eight(Eight e, uint8_t *codes, int64_t left, int bits) {
   uint32_t pair[2] = {e.low, e.high};
-  if (bits == 4) pair[0] = e.low & 0x0f0f0f0fu, pair[1] = e.low >> 4 & 0x0f0f0f0fu;
+  if (bits != 8) {
+    pair[0] = (e.low & kNibbles) | e.upper.first << 4;
+    pair[1] = (e.low >> 4 & kNibbles) | e.upper.second << 4;
+  }
   std::memcpy(codes, pair, static_cast<size_t>(std::min<int64_t>(left, 8)));
 }
 
@@ -46,12 +54,14 @@ int64_t high_at(int j) { return 128 + low_at(j); }
 
 void pack_codes(const Layout &l, const uint8_t *rows, int outputs, uint8_t *to) {
   const int64_t k = l.geometry.k;
-  if (outputs < kPanel || k < l.kp) std::memset(to, 0, static_cast<size_t>(l.panel_codes));
+  const bool narrow = is_narrow(l.geometry);
+  if (outputs < kPanel || k < l.kp || narrow) std::memset(to, 0, static_cast<size_t>(l.panel_codes));
   for (int64_t at = 0; at < k; at += 8, to += l.step_bytes)
     for (int j = 0; j < outputs; j++) {
       const Eight e = read_eight(rows + j * k + at, k - at, l.geometry.bits);
       std::memcpy(to + low_at(j), &e.low, 4);
       if (l.geometry.bits == 8) std::memcpy(to + high_at(j), &e.high, 4);
+      if (narrow) write_upper(e.upper, l.geometry.bits, to, j);
     }
 }
 
@@ -63,6 +73,8 @@ void unpack_codes(const Layout &l, const uint8_t *from, int first, int count, ui
       Eight e{};
       std::memcpy(&e.low, from + low_at(first + i), 4);
       if (l.geometry.bits == 8) std::memcpy(&e.high, from + high_at(first + i), 4);
+      if (l.geometry.bits == 5) e.upper = read_upper<5>(from, first + i);
+      if (l.geometry.bits == 6) e.upper = read_upper<6>(from, first + i);
       write_eight(e, rows + i * k + at, k - at, l.geometry.bits);
     }
 }

@@ -8,8 +8,10 @@
 #include "isa.h"
 #if defined(__AVX512BW__)
 #include "segment_512.h"
+#include "widen_512.h"
 #else
 #include "segment_plain.h"
+#include "widen_plain.h"
 #endif
 
 namespace transload {

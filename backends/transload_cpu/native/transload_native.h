@@ -1,4 +1,4 @@
-// C interface of Transload's CPU library: matrix products with 4 and 8 bit integer weights.
+// C interface of Transload's CPU library: matrix products with 4 to 8 bit integer weights.
 //
 //   y[m, n] = sum_k x[m, k] * w[n, k] + bias[n]
 //   w[n, k] = scale[n, g] * (code[n, k] - zero[n, g])    or    scale[n, g] * code[n, k] + min[n, g]
@@ -52,7 +52,7 @@ typedef struct {
   int64_t n, k;       // out and in features
   int64_t group_size; // a multiple of 8, or -1 for one group per output
   int64_t experts;    // 1 for a plain linear
-  int32_t bits;        // 4 or 8: the room of a code; narrower codes are held in the next wider room
+  int32_t bits;        // 4, 5, 6 or 8: the room of a code; other codes are held in the next wider room
   int32_t zero;        // tl_zero
   int32_t midpoint;    // 0..255, with TL_ZERO_MIDPOINT only
   int32_t scale_dtype; // tl_dtype, of scales, float zeros and mins

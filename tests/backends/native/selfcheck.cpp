@@ -70,7 +70,8 @@ void expect(bool good, const char *what, const tl_geometry &g, int isa) {
 Weight random_weight() {
   const int64_t group_sizes[] = {-1, 8, 16, 32, 48, 64, 128, 256, 512};
   Weight w{};
-  w.g.bits = between(0, 1) ? 4 : 8;
+  constexpr int kBits[] = {4, 4, 5, 6, 8, 8};
+  w.g.bits = kBits[between(0, 5)];
   w.g.zero = static_cast<int32_t>(between(0, 3));
   w.g.midpoint = w.g.zero == TL_ZERO_MIDPOINT ? 1 << (w.g.bits - 1) : 0;
   w.g.scale_dtype = TL_FLOAT32;
