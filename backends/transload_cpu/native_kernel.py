@@ -60,7 +60,7 @@ class NativeKernel(Kernel):
         return native_decoder.decoder(d, self.isa)
 
     def float_product(self, x: Tensor, w: Tensor) -> Tensor:
-        """x float32 [K] times w [N, K] as it is, contiguous, in host memory: float32 [N]."""
+        """Few rows x float32 [M, K] times w [N, K] as it is, both contiguous in host memory: float32 [M, N]."""
         return native_decoder.float_product(x, w, self.isa)
 
     def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:

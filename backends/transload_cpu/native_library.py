@@ -12,7 +12,7 @@ import torch
 from transload.errors import BackendError, ConfigError
 
 LAYOUT_VERSION = 2
-_INTERFACE_VERSION = 3  # of the structures below
+_INTERFACE_VERSION = 4  # of the structures below
 ENABLE = "python -m transload_cpu.build_native"  # the one command that adds the kernels to an installed package
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -179,7 +179,7 @@ _SIGNATURES = {
     "tl_rows": (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
     "tl_dequantize": (c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_int32),
     "tl_matmul": (POINTER(Product),),
-    "tl_float_product": (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_int32, c_int32),
+    "tl_float_product": (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32, c_int32),
     "tl_decoder_new": (POINTER(DecoderShape), c_void_p, c_void_p, c_int64, POINTER(c_void_p)),
     "tl_decoder_step": (c_void_p, POINTER(DecoderToken)),
     "tl_decoder_prompt_run": (c_void_p, POINTER(DecoderPrompt)),

@@ -233,7 +233,7 @@ class Kernel(ABC):
         return f"kernel '{self.name}' multiplies one weight at a time"
 
     def float_product(self, x: Tensor, w: Tensor) -> Tensor:
-        """x float32 [K] times a float weight [N, K] of float_dtypes, as it is: float32 [N]. Optional."""
+        """Few rows x float32 [M, K] times a float weight [N, K] of float_dtypes, as it is: float32 [M, N]. Optional."""
         raise Unsupported(f"kernel '{self.name}' multiplies quantized weights only")
 
     def rows(self, p: Packed, index: Tensor) -> QTensor:

@@ -114,7 +114,7 @@ const DecoderMath &math_of(int32_t isa) {
 
 }  // namespace transload
 
-extern "C" int32_t tl_interface_version(void) { return 3; }
+extern "C" int32_t tl_interface_version(void) { return 4; }
 
 extern "C" int32_t tl_decoder_new(const tl_decoder_shape *shape, const tl_decoder_layer *layers,
                                   const tl_linear *linears, int64_t linear_count, void **decoder) {

@@ -94,8 +94,8 @@ TL_API int32_t tl_rows(const void *packed, int64_t packed_bytes, const int64_t *
 TL_API int32_t tl_dequantize(const void *packed, int64_t packed_bytes, int64_t first, int64_t count, int32_t dtype,
                              void *out, int32_t threads);
 
-// y [n] = w x, float weights [n, k] of `dtype` as they are, x [k] and y in float32.
-TL_API int32_t tl_float_product(const void *w, int32_t dtype, int64_t n, int64_t k, const float *x, float *y,
+// y [m, n] = x w^T for few rows: float weights [n, k] of `dtype` as they are, x [m, k] and y in float32.
+TL_API int32_t tl_float_product(const void *w, int32_t dtype, int64_t n, int64_t k, const float *x, int64_t m, float *y,
                                 int32_t isa, int32_t threads);
 
 typedef struct {

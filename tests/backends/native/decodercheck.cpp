@@ -187,15 +187,15 @@ double distance(const std::vector<float> &a, const std::vector<float> &b) {
 bool float_products_agree() {
   const int64_t n = between(1, 300), k = between(1, 300);
   const auto dtype = static_cast<int32_t>(between(TL_FLOAT32, TL_FLOAT16));
-  const std::vector<float> x = gaussian(k, 0, 1);
+  const std::vector<float> x = gaussian(2 * k, 0, 1);
   std::vector<uint8_t> w(static_cast<size_t>(n * k * (dtype == TL_FLOAT32 ? 4 : 2)));
   for (size_t i = 0; i < w.size(); i++) w[i] = static_cast<uint8_t>(between(0, 255)) & (i % 2 ? 0xbf : 0xff);
   if (dtype == TL_FLOAT32)
     for (size_t i = 3; i < w.size(); i += 4) w[i] = static_cast<uint8_t>(0x3f | (w[i] & 0x80));
-  std::vector<float> portable, y(static_cast<size_t>(n));
+  std::vector<float> portable, y(static_cast<size_t>(2 * n));
   for (int32_t isa = TL_PORTABLE; isa <= TL_NEON_DOTPROD; isa++) {
     if (!(tl_supported() >> isa & 1)) continue;
-    if (tl_float_product(w.data(), dtype, n, k, x.data(), y.data(), isa, 2) != TL_OK) return false;
+    if (tl_float_product(w.data(), dtype, n, k, x.data(), 2, y.data(), isa, 2) != TL_OK) return false;
     if (isa == TL_PORTABLE) portable = y;
     if (!(distance(y, portable) < 1e-4)) return false;
   }
