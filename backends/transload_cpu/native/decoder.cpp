@@ -42,7 +42,8 @@ struct Linears {
 bool valid(const tl_experts &e) {
   if (e.experts < 1 || e.experts > kLargest || e.groups < 1 || e.experts % e.groups != 0) return false;
   if (e.groups > 1 && e.experts / e.groups < 2) return false;  // a group is judged by its two largest scores
-  return e.top_k >= 1 && e.top_k <= e.experts && e.top_groups >= 1 && e.top_groups <= e.groups;
+  if (e.top_groups < 1 || e.top_groups > e.groups) return false;
+  return e.top_k >= 1 && e.top_k <= e.experts / e.groups * e.top_groups;
 }
 
 tl_status take_experts(Linears &linears, const tl_experts &given, int64_t hidden, Experts *out) {

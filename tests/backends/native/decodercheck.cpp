@@ -88,11 +88,11 @@ int32_t add_linear(Model &m, int64_t n, int64_t k, int64_t experts = 1) {
 
 // Experts of a random kind behind the layer's other linears. Unless all of them are chosen, rounding may choose others.
 const tl_experts *add_experts(Model &m, int64_t hidden, bool all) {
-  const int64_t groups = between(1, 3), experts = groups * between(2, 6), width = between(1, 60);
+  const int64_t groups = between(1, 3), size = between(2, 6), experts = groups * size, width = between(1, 60);
+  const int64_t top_groups = all ? groups : between(1, groups), top_k = all ? experts : between(1, top_groups * size);
   const bool sigmoid = between(0, 1) != 0;
-  tl_experts e{experts, all ? experts : between(1, experts), groups, all ? groups : between(1, groups),
-               sigmoid ? m.keep(gaussian(experts, 0, 0.1f)) : nullptr, sigmoid ? 1.5f : 1.f,
-               sigmoid, static_cast<int32_t>(between(0, 1)), 0, 0, 0, 0};
+  tl_experts e{experts, top_k, groups, top_groups, sigmoid ? m.keep(gaussian(experts, 0, 0.1f)) : nullptr,
+               sigmoid ? 1.5f : 1.f, sigmoid, static_cast<int32_t>(between(0, 1)), 0, 0, 0, 0};
   e.router = add_linear(m, experts, hidden);
   if (between(0, 1)) e.shared_gate = add_linear(m, 1, hidden);
   e.gate_up = add_linear(m, 2 * width, hidden, experts);

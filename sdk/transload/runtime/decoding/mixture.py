@@ -18,15 +18,21 @@ def mixture(block: Any, kind: Mixture, config: Any, name: str) -> tuple[DecoderM
     router = block.gate
     shared = None if kind.shared is None else modules.mlp(getattr(block, kind.shared), f"{name}.{kind.shared}")
     groups = _setting(router, config, "num_group", "n_group") if kind.sigmoid else 1
+    top_groups = _setting(router, config, "topk_group", "topk_group") if groups > 1 else 1
     scaling = _setting(router, config, "routed_scaling_factor", "routed_scaling_factor") if kind.sigmoid else 1
+    top_k = _setting(router, config, "top_k", "num_experts_per_tok")
+    if (
+        top_k > len(router.weight) // groups * top_groups
+    ):  # what is chosen then differs between versions of transformers
+        raise Unsupported(f"{name} takes {top_k} experts, more than {top_groups} of its {groups} groups have")
     return shared, DecoderExperts(
         router=_router(router, f"{name}.gate"),
         each=modules.experts(block.experts, f"{name}.experts"),
-        top_k=_setting(router, config, "top_k", "num_experts_per_tok"),
+        top_k=top_k,
         sigmoid=kind.sigmoid,
         bias=getattr(router, "e_score_correction_bias", None),
         groups=groups,
-        top_groups=_setting(router, config, "topk_group", "topk_group") if groups > 1 else 1,
+        top_groups=top_groups,
         normalized=kind.always_normalized or bool(_setting(router, config, "norm_topk_prob", "norm_topk_prob")),
         scaling=float(scaling),
         shared_gate=None if kind.shared_gate is None else modules.linear(block, name, (kind.shared_gate,)),
