@@ -26,21 +26,6 @@ def decoder(d: Decoder, isa: int) -> DecoderStep | str:
         return str(e)
 
 
-def float_product(x: Tensor, w: Tensor, isa: int) -> Tensor:
-    """Rows x float32 [M, K] times float w [N, K]: float32 [M, N]. Raises ConfigError for other dtypes and shapes."""
-    fits = w.dim() == x.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype is torch.float32 and w.dtype in DTYPES
-    if not fits or not x.is_contiguous() or not w.is_contiguous() or w.device.type != "cpu":
-        found = f"{x.dtype} {tuple(x.shape)} and {w.dtype} {tuple(w.shape)} on {w.device}"
-        raise ConfigError(f"native product: {found}, expected contiguous float32 [M, K] and floats [N, K] in host memory")
-    y = torch.empty(len(x), len(w))
-    address, threads = w.data_ptr(), torch.get_num_threads()
-    status = native.load().tl_float_product(
-        address, DTYPES[w.dtype], *w.shape, x.data_ptr(), len(x), y.data_ptr(), isa, threads
-    )
-    check(status, "product")
-    return y
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class BoundCache:
     """Addresses of a sequence's keys and values, layer by layer, and the tensors that they belong to."""

@@ -11,7 +11,7 @@ from transload.errors import ConfigError
 from transload.hal import Decoder, DecoderStep, Device, Kernel, Packed, Problem
 from transload.quant import PER_CHANNEL, QTensor, QuantSpec
 from transload_cpu import native_decoder, native_layout, native_library
-from transload_cpu.native_ops import multiply, native_multiply
+from transload_cpu.native_ops import float_product, multiply, native_float_product, native_multiply
 
 
 class NativeKernel(Kernel):
@@ -61,7 +61,9 @@ class NativeKernel(Kernel):
 
     def float_product(self, x: Tensor, w: Tensor) -> Tensor:
         """Few rows x float32 [M, K] times w [N, K] as it is, both contiguous in host memory: float32 [M, N]."""
-        return native_decoder.float_product(x, w, self.isa)
+        run = native_float_product if torch.compiler.is_compiling() else float_product
+        y: Tensor = run(x, w, self.isa)
+        return y
 
     def matmul(self, x: Tensor, w: Packed, bias: Tensor | None = None) -> Tensor:
         """x [M, K] times w.T plus bias [N]: [M, N] in x's dtype."""

@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from transload.errors import ConfigError
 from transload_cpu.native_library import DTYPES, Product, check, load
 
 
@@ -81,3 +82,31 @@ def _(
     isa: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], n)
+
+
+def float_product(x: Tensor, w: Tensor, isa: int) -> Tensor:
+    """Rows x float32 [M, K] times float w [N, K]: float32 [M, N]. Raises ConfigError for other dtypes and shapes."""
+    fits = w.dim() == x.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype is torch.float32 and w.dtype in DTYPES
+    if not fits or not x.is_contiguous() or not w.is_contiguous() or w.device.type != "cpu":
+        found = f"{x.dtype} {tuple(x.shape)} and {w.dtype} {tuple(w.shape)} on {w.device}"
+        raise ConfigError(
+            f"native product: {found}, expected contiguous float32 [M, K] and floats [N, K] in host memory"
+        )
+    y = torch.empty(len(x), len(w))
+    address, threads = w.data_ptr(), torch.get_num_threads()
+    status = load().tl_float_product(
+        address, DTYPES[w.dtype], *w.shape, x.data_ptr(), len(x), y.data_ptr(), isa, threads
+    )
+    check(status, "product")
+    return y
+
+
+@torch.library.custom_op("transload_cpu::native_float_product", mutates_args=(), device_types="cpu")
+def native_float_product(x: Tensor, w: Tensor, isa: int) -> Tensor:
+    """`float_product` as an operator."""
+    return float_product(x, w, isa)
+
+
+@native_float_product.register_fake
+def _(x: Tensor, w: Tensor, isa: int) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])

@@ -49,7 +49,7 @@ def tiny(name: str, folder: Path, scheme: str = "w4a16", dtype: torch.dtype = to
         for label, tensor in model.state_dict().items():
             tensor.normal_(1.0 if "norm" in label else 0.0, 0.15)
             if "correction_bias" in label:
-                tensor.abs_()  # before 5.17 transformers also chose from outside the groups when scores were negative
+                tensor.abs_()  # transformers 5.0 also chose from outside the groups when scores were negative
     model.save_pretrained(folder)
     return transload.load(folder, quantize=TransloadConfig(group_size=32, scheme=scheme, device="cpu"), dtype=dtype)
 

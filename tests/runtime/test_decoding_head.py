@@ -155,6 +155,15 @@ def test_small_and_odd_numbers_of_float16() -> None:
         assert torch.equal(kernel.float_product(torch.eye(64)[:2], many), rows.expand(2, -1))
 
 
+def test_a_compiled_head_computes_the_same(tmp_path: Path) -> None:
+    head = tiny(tmp_path, torch.float16, False).lm_head
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for rows in (1, 5, 40):
+            x = torch.randn(rows, 64)
+            assert distance(compiled(x), head(x)) < 1e-6
+
+
 def test_wrong_products_are_refused() -> None:
     kernel, x, w = KERNELS[0], torch.ones(3, 8), torch.ones(4, 8)
     cases: tuple[tuple[Tensor, Tensor], ...] = (

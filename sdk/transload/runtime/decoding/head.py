@@ -42,13 +42,13 @@ class FloatHead(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: float [..., K] -> [..., N] in x's dtype."""
         w, bias, rows = self.weight, None if self.bias is None else self.bias.to(x.dtype), x.numel() // self.in_features
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
+        if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
             return functional.linear(x, w.to(x.dtype), bias)
         if 0 < rows <= _FEW and self._suits(x, w):
             few = x.detach().to(torch.float32).reshape(rows, -1).contiguous()
             y = self.kernel.float_product(few, w.detach()).to(x.dtype)
-        elif w.dtype == x.dtype:
-            return functional.linear(x, w, bias)
+        elif w.dtype == x.dtype or torch.compiler.is_compiling():
+            return functional.linear(x, w.to(x.dtype), bias)
         else:
             y = _widened_product(x.reshape(rows, -1), w)
         return (y if bias is None else y + bias).reshape(*x.shape[:-1], self.out_features)
