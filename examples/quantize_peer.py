@@ -25,8 +25,8 @@ def main() -> None:
     options = parser.parse_args()
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.awq import AWQModifier
-    from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
     from transformers import AutoModelForCausalLM
 
     ids = torch.load(options.windows)
@@ -37,7 +37,10 @@ def main() -> None:
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": options.group}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     if options.awq:
-        recipe = AWQModifier(config_groups=groups, ignore=["lm_head"])
+        recipe = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+        if not torch.accelerator.is_available():
+            # Its AWQ pins memory for a transfer to an accelerator, which torch refuses where there is none.
+            torch.Tensor.pin_memory = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     else:
         recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=0.01)
     oneshot(

@@ -23,7 +23,7 @@ from transload.quantize.rtn import (
 
 _SWEEPS = 2
 _LONE = 0.02  # of an input's mean square that is taken to come without the others, where the text is short
-_SLAB = 1 << 23  # errors in memory at a time; the Gram matrix is read once for each
+_ROWS = 256  # at a time, so that all tries of a group stay in the processor's caches
 
 
 _Rounded = tuple[Tensor, Tensor, Tensor | None]  # codes [..., S], scales and zeros [...]
@@ -37,7 +37,7 @@ def quantize_clipped(weight: Tensor, spec: QuantSpec, gram: Tensor) -> QTensor:
     errors. Codes are always those nearest to some range, so an error is never moved from one weight to another.
     """
     ones = torch.ones(len(gram), device=gram.device)
-    parts = [_search(rows, spec, gram, ones, _SWEEPS) for rows in in_slabs(weight, spec, _SLAB)]
+    parts = [_search(rows, spec, gram, ones, _SWEEPS) for rows in in_slabs(weight, spec, _ROWS * len(gram))]
     zeros = [p[2] for p in parts if p[2] is not None]
     codes, scales = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     return as_qtensor(codes.flatten(1), scales, torch.cat(zeros) if zeros else None, spec)
@@ -45,7 +45,7 @@ def quantize_clipped(weight: Tensor, spec: QuantSpec, gram: Tensor) -> QTensor:
 
 def clipped_values(weight: Tensor, spec: QuantSpec, gram: Tensor, scale: Tensor) -> Tensor:
     """What a weight [N, K] becomes when it is rounded so while scaled [K], in one sweep: in its own units, float32."""
-    parts = [_search(rows, spec, gram, scale, 1) for rows in in_slabs(weight * scale, spec, _SLAB)]
+    parts = [_search(rows, spec, gram, scale, 1) for rows in in_slabs(weight * scale, spec, _ROWS * len(gram))]
     return torch.cat([values_of(*part, spec).flatten(1) for part in parts]) / scale
 
 
@@ -76,24 +76,17 @@ def _best(x: Tensor, spec: QuantSpec, block: Tensor, pull: Tensor, now: _Rounded
 
     pull: the other groups' errors as they meet this group's inputs [N, S]. now: the rounding to be improved.
     """
-    wanted = x @ block - pull
-    codes, scales, zeros = (None if t is None else t.clone() for t in now)
-    assert codes is not None
-    assert scales is not None
-    least = torch.full_like(scales, torch.inf)
-    for shrink in (None, *shrinks()):
-        if shrink is None:
-            code, scale, zero = now
-        else:
-            scale, zero = scales_of(x, spec, shrink)
-            code = codes_of(x, scale, zero, spec)
-        steps = values_of(code, torch.ones_like(scale), zero, spec)
-        along, square = (steps * wanted).sum(-1), ((steps @ block) * steps).sum(-1)
-        fitted = torch.where(square > 0, along / square, scale)
-        fitted = stored(fitted.clamp(scale / 2, scale * 2), spec)
-        cost = fitted * (fitted * square - 2 * along)
-        better = cost < least
-        least = torch.where(better, cost, least)
-        codes[better], scales = code[better], torch.where(better, fitted, scales)
-        zeros = None if zeros is None or zero is None else torch.where(better, zero, zeros)
-    return codes, scales, zeros
+    scales, zeros = scales_of(x, spec, torch.tensor(shrinks(), device=x.device).unsqueeze(1))  # [tried, N]
+    codes = torch.cat([now[0].unsqueeze(0), codes_of(x, scales, zeros, spec)])
+    scales = torch.cat([now[1].unsqueeze(0), scales])
+    if zeros is not None and now[2] is not None:
+        zeros = torch.cat([now[2].unsqueeze(0), zeros])
+    steps = values_of(codes, torch.ones_like(scales), zeros, spec)
+    along, square = (steps * (x @ block - pull)).sum(-1), ((steps @ block) * steps).sum(-1)
+    fitted = torch.where(square > 0, along / square, scales)
+    fitted = stored(fitted.clamp(scales / 2, scales * 2), spec)
+    cost = fitted * (fitted * square - 2 * along)
+    least, at = cost.min(0)
+    at = torch.where(least < cost[0], at, 0)
+    rows = torch.arange(len(x), device=x.device)
+    return codes[at, rows], fitted[at, rows], None if zeros is None else zeros[at, rows]
