@@ -1,11 +1,11 @@
 // One token through all layers of a decoder. Everything between products is a few microseconds of one thread's time,
 // except attention, which threads share by key heads and runs of tokens.
 #include <algorithm>
-#include <cstdlib>
 #include <new>
 
 #include "decoder_run.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace transload {
 namespace {
@@ -122,24 +122,6 @@ void run_layer(const Run &r, size_t layer) {
   add_to_x(r, l.given.after_mlp, r.normed);
 }
 
-// Memory of the calling thread, kept between tokens.
-struct Scratch {
-  uint8_t *memory = nullptr;
-  int64_t size = 0;
-
-  ~Scratch() { std::free(memory); }
-
-  uint8_t *reserve(int64_t bytes) {
-    if (bytes <= size) return memory;
-    std::free(memory);
-    size = 0;
-    memory = static_cast<uint8_t *>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
-    if (memory == nullptr) throw std::bad_alloc();
-    size = bytes;
-    return memory;
-  }
-};
-
 bool valid(const Decoder &d, const tl_decoder_token &t) {
   if (!t.x || !t.y || !t.keys || !t.values || (d.shape.rotary > 0 && (!t.cos || !t.sin)) || t.threads < 1) return false;
   if (t.length < 0 || t.length >= t.capacity) return false;
@@ -151,7 +133,7 @@ tl_status step(const Decoder &d, const tl_decoder_token &token) {
   static thread_local Scratch scratch;
   Run run;
   const int64_t bytes = cut(d, token, nullptr, &run);
-  cut(d, token, scratch.reserve(bytes + bytes / 2 / 64 * 64), &run);
+  cut(d, token, scratch.reserve(static_cast<size_t>(bytes + bytes / 2)), &run);  // room for a text that grows
   std::copy_n(token.x, d.shape.hidden, run.x);
   for (size_t i = 0; i < d.layers.size(); i++) run_layer(run, i);
   d.math->rms_norm(run.x, d.shape.norm, d.shape.hidden, d.shape.eps, token.y);
