@@ -15,6 +15,7 @@ from transload_cpu import native_library as native
 from transload_cpu.native_decoder_tables import Tables
 from transload_cpu.native_library import DTYPES, check
 
+_PROMPT = 1024  # tokens of one call: between calls Python looks for Ctrl-C
 CACHE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -90,14 +91,19 @@ class NativeDecoder(DecoderStep):
     def run_many(self, x: Tensor, cos: Tensor, sin: Tensor, cache: object, length: int) -> Tensor:
         """See DecoderStep."""
         assert isinstance(cache, BoundCache)  # of our own `bind`
-        y = torch.empty(len(x), self._hidden)
         self._check(len(x), x, cos, sin)
-        prompt = native.DecoderPrompt(
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            ctypes.addressof(cache.keys), ctypes.addressof(cache.values), cache.capacity, length, len(x),
-            y.data_ptr(), DTYPES[cache.dtype], torch.get_num_threads(),
-        )  # fmt: skip
-        check(self._library.tl_decoder_prompt_run(self._handle, ctypes.byref(prompt)), "decoder prompt")
+        if not 0 < len(x) <= cache.capacity - length or length < 0:
+            found = f"{len(x)} tokens behind {length}"
+            raise ConfigError(f"native decoder: {found} contradict a cache with room for {cache.capacity}")
+        y = torch.empty(len(x), self._hidden)
+        for first in range(0, len(x), _PROMPT):
+            part = slice(first, first + _PROMPT)
+            prompt = native.DecoderPrompt(
+                x[part].data_ptr(), cos[part].data_ptr(), sin[part].data_ptr(),
+                ctypes.addressof(cache.keys), ctypes.addressof(cache.values), cache.capacity, length + first,
+                len(x[part]), y[part].data_ptr(), DTYPES[cache.dtype], torch.get_num_threads(),
+            )  # fmt: skip
+            check(self._library.tl_decoder_prompt_run(self._handle, ctypes.byref(prompt)), "decoder prompt")
         return y
 
     def _check(self, tokens: int, x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -94,15 +94,15 @@ def test_windows_hide_what_single_tokens_do_not_see(kernel: NativeKernel, window
 
 def test_threads_and_cuts_change_no_bit() -> None:
     d, _ = build(KERNELS[0], SCHEMES["w4a8"], Shape(8, 4, 64, 64, hidden=512, wide=1024), False, False)
-    step, xs, before = NativeDecoder(d, KERNELS[0].isa), torch.randn(600, 512), torch.get_num_threads()
+    step, xs, before = NativeDecoder(d, KERNELS[0].isa), torch.randn(1100, 512), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = run(step, d, xs, [600])
-        for cuts in ([2, 598], [300, 300], [129, 255, 216]):
+        one = run(step, d, xs, [1100])  # more than one native call takes
+        for cuts in ([2, 1098], [550, 550], [129, 255, 716]):
             assert torch.equal(run(step, d, xs, cuts), one)
         for threads in (2, 3, 7):
             torch.set_num_threads(threads)
-            assert torch.equal(run(step, d, xs, [600]), one)
+            assert torch.equal(run(step, d, xs, [1100]), one)
     finally:
         torch.set_num_threads(before)
 
