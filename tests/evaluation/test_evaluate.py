@@ -79,6 +79,8 @@ def test_a_model_against_itself_differs_in_nothing(folder: Path) -> None:
     d = transload.evaluate(folder, folder, folder / "text.txt", tokens=40, window=16).difference
     assert (d.kl, d.top1, d.top5, d.perplexity_increase) == (0, 1, 1, 0)
     assert set(d.sqnr.values()) == {math.inf}
+    assert torch.is_grad_enabled()  # whoever evaluates may train afterwards
+    assert not torch.is_inference_mode_enabled()
 
 
 def test_alone_there_is_no_difference_and_json_is_strict(folder: Path, report: EvalReport) -> None:

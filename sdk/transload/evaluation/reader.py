@@ -55,7 +55,8 @@ class Reader:
         """Logits [CHUNK, V] for all of the hidden states [T, H], on the model's device."""
         for piece in torch.split(hidden, CHUNK):
             with torch.inference_mode():
-                yield self._head(piece.to(self.device))
+                logits = self._head(piece.to(self.device))
+            yield logits  # outside: a generator that waits would leave its mode to whoever reads it
 
     def forget_layers(self) -> None:
         """Gives up everything but the head: what was read can still be turned into logits, nothing new can be read."""
